@@ -1,0 +1,76 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""What a control hands to the engine, and what the engine hands to a client file."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ._plan import Change, Facts, Plan
+from ._redact import Secrets
+
+
+class Host(Protocol):
+    """A system under protection, reached over Ansible's own connection."""
+
+    def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+        """Run a shell command there; returns exit status, output and error output."""
+
+
+@dataclasses.dataclass
+class Context:
+    """What a task knows of its surroundings. Clock and sleep are here so that tests do not wait."""
+
+    check_mode: bool = False
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets: Secrets = dataclasses.field(default_factory=Secrets)
+    correlation: str = ""
+    host: Host | None = None
+    actor: str = "unknown"
+    run_id: str = ""
+    front: str = "module"
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+    deadline: float = 0.0
+
+    def secret(self, value: Any) -> Any:
+        return self.secrets.add(value)
+
+
+class Service(Protocol):
+    """A client file."""
+
+    SPEC: dict[str, Any]
+
+    def preload(self) -> None: ...
+
+    def addresses(self, params: dict[str, Any]) -> list[str]: ...
+
+    def connect(self, params: dict[str, Any], context: Context) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One control: its documentation's name, its options and its four functions.
+
+    ``deadline`` (seconds) bounds the changes of one run; ``settle`` (seconds) how long verification waits for a slow truth;
+    ``evidence`` puts it on a stream of its own, so that a hanging export keeps no other control of its host waiting.
+    """
+
+    name: str
+    service: Any
+    spec: dict[str, Any]
+    read: Callable[[Any, dict[str, Any]], Facts]
+    plan: Callable[[dict[str, Any], Facts], Plan]
+    apply: Callable[[Any, dict[str, Any], Change], None]
+    prove: Callable[[Any, dict[str, Any], Change], None] | None = None
+    dry_run: Callable[[Any, dict[str, Any], Change], None] | None = None
+    deadline: float = 30.0
+    settle: float = 5.0
+    evidence: bool = False
+    needs_host: bool = False

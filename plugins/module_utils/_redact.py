@@ -1,0 +1,95 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""Secrets: where they are known, how they are kept out of everything, and how one is handed on in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any, NoReturn
+
+from ansible.module_utils.common.parameters import remove_values
+
+SHORTEST_SUBSTRING = 6
+
+
+class Held(MutableMapping[str, Any]):
+    """Values that may pass from one step of a control to the next in memory, and nowhere else."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def _refuse(self, *_args: Any) -> NoReturn:
+        raise TypeError("held values do not leave memory")
+
+    __repr__ = __str__ = __format__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse  # type: ignore[assignment]
+
+
+class Secrets:
+    """The secret values that this task knows."""
+
+    def __init__(self, public: Iterable[str] = ()) -> None:
+        self._values: set[str] = set()
+        # A password that equals a public option (user "postgres", password "postgres") hides nothing; containing goes on.
+        self._public = {str(value) for value in public}
+
+    def add(self, value: Any) -> Any:
+        if isinstance(value, bytes):
+            self.add(value.decode("utf-8", "replace"))
+        elif isinstance(value, str) and value and value not in self._public:
+            self._values.add(value)
+        return value
+
+    def censor(self, result: Any) -> Any:
+        """The same structure of plain JSON types, with every secret replaced, in keys too."""
+        plain = json.loads(json.dumps(result, default=str))
+        return remove_values(_with_clean_keys(plain, self._values), self._values) if self._values else plain
+
+    def found_in(self, structure: Any) -> bool:
+        """Whether a secret stands in this structure, whole or as a part of a longer text."""
+        return any(_holds(text, self._values) for text in _texts(structure))
+
+
+def _holds(text: str, values: set[str]) -> bool:
+    return text in values or any(len(value) >= SHORTEST_SUBSTRING and value in text for value in values)
+
+
+def _texts(structure: Any) -> Iterator[str]:
+    if isinstance(structure, dict):
+        for key, value in structure.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(structure, (list, tuple)):
+        for value in structure:
+            yield from _texts(value)
+    elif isinstance(structure, str):
+        yield structure
+
+
+def _with_clean_keys(structure: Any, values: set[str]) -> Any:
+    """``remove_values`` leaves the keys of mappings alone."""
+    if isinstance(structure, dict):
+        return {
+            ("********" if _holds(key, values) else key): _with_clean_keys(value, values)
+            for key, value in structure.items()
+        }
+    if isinstance(structure, list):
+        return [_with_clean_keys(value, values) for value in structure]
+    return structure
