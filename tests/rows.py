@@ -1,0 +1,43 @@
+# Copyright: The firebreak.incident contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The shape of a control's row in the tests: its pure plan, and one run against the lab."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table of a control's ``plan``."""
+
+    name: str
+    params: dict[str, Any]
+    facts: dict[str, Any]
+    changes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    after: dict[str, Any] | None = None
+    raises: str | None = None
+
+
+class Row:
+    """One control against the lab. ``observe`` reads the servers with their own clients, never through the collection."""
+
+    control: ClassVar[str]
+    host: ClassVar[str]
+    reversible: ClassVar[bool] = True
+
+    def params(self, lab: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def prepare(self, lab: Any) -> None:
+        """Bring the servers into the state before."""
+
+    def observe(self, lab: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def contained(self, lab: Any, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def secrets(self, lab: Any) -> list[str]:
+        return []
