@@ -1,0 +1,84 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""One HTTP request for a proof: no redirects, no proxies, no netrc, nothing from the environment, nothing printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import ssl
+import time
+import urllib.parse
+from collections.abc import Mapping
+
+from ._errors import FirebreakError
+
+LONGEST_BODY = 1 << 20
+
+
+class NoAnswer(FirebreakError):
+    """The server did not answer with HTTP. ``reason`` is the type of the failure."""
+
+    def __init__(self, where: str, reason: str, effect: str) -> None:
+        super().__init__(f"{where} gave no answer ({reason})", effect=effect)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    body: bytes = dataclasses.field(repr=False)
+    seconds: float
+
+
+def origin(url: str) -> str:
+    """Scheme, host and port: what a message may show of an address (a query can hold a secret)."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _connection(
+    parts: urllib.parse.SplitResult, timeout: float, ca_cert: str | None, source: str | None
+) -> http.client.HTTPConnection:
+    bound = (source, 0) if source else None
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=ca_cert)
+        return http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=timeout, source_address=bound, context=context
+        )
+    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout, source_address=bound)
+
+
+def request(
+    method: str,
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
+    timeout: float = 5.0,
+    ca_cert: str | None = None,
+    source: str | None = None,
+) -> Answer:
+    """The answer as it came, whatever its status; a redirect is an answer too. ``source`` is a local address to speak from."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FirebreakError("a URL must begin with http:// or https:// and name a host", effect="none")
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    started = time.monotonic()
+    connected = False
+    connection = None
+    try:
+        connection = _connection(parts, timeout, ca_cert, source)
+        connection.connect()
+        connected = True
+        connection.request(method, target, body=body, headers={"Connection": "close", **(headers or {})})
+        answer = connection.getresponse()
+        content = answer.read(LONGEST_BODY)
+        return Answer(answer.status, dict(answer.headers), content, time.monotonic() - started)
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        raise NoAnswer(origin(url), type(exc).__name__, "unknown" if connected else "none") from None
+    finally:
+        if connection:
+            connection.close()
