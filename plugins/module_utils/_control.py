@@ -31,6 +31,7 @@ class Context:
     secrets: Secrets = dataclasses.field(default_factory=Secrets)
     correlation: str = ""
     host: Host | None = None
+    evidence: Any = None
     actor: str = "unknown"
     run_id: str = ""
     front: str = "module"
@@ -59,6 +60,7 @@ class Control:
     """One control: its documentation's name, its options and its four functions.
 
     ``deadline`` (seconds) bounds the changes of one run; ``settle`` (seconds) how long verification waits for a slow truth;
+    ``slow`` says that the truth may take longer than that, and is then "applied", settled by a later run of the same task;
     ``evidence`` puts it on a stream of its own, so that a hanging export keeps no other control of its host waiting.
     """
 
@@ -72,5 +74,6 @@ class Control:
     dry_run: Callable[[Any, dict[str, Any], Change], None] | None = None
     deadline: float = 30.0
     settle: float = 5.0
+    slow: bool = False
     evidence: bool = False
     needs_host: bool = False

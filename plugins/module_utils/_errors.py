@@ -42,3 +42,10 @@ class MissingLibrary(FirebreakError):
 
 class StoreUnavailable(FirebreakError):
     """The case store does not answer or does not take entries."""
+
+
+class Busy(FirebreakError):
+    """Another run is writing for the same system."""
+
+    def __init__(self, msg: str) -> None:
+        super().__init__(msg, effect="none")

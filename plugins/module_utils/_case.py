@@ -1,0 +1,372 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""The case: streams of entries, each its own hash chain, and what is folded from them.
+
+A stream has one writer at a time. On a file store that is a lock; on S3 it is the exclusive put of the next entry, and an
+intent that carries ``until``, before which nobody else begins.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from . import _aws
+from ._control import Context
+from ._errors import Busy, FirebreakError, Refused, StoreUnavailable
+from ._store import Store, open_store
+
+RUN = "_run"
+FIRST = "0" * 64
+LARGE = 16 * 1024
+KINDS = frozenset(
+    "opened note decision phase seal intent done failed refused override resumed check evidence clock notified released "
+    "adopted erased closed".split()
+)
+
+SPEC = _aws.SPEC
+
+
+def preload() -> None:
+    """The case's own client file is S3's."""
+    _aws.preload()
+
+
+def addresses(params: dict[str, Any]) -> list[str]:
+    """Where the case store is, for the site guard."""
+    uri = str(params.get("case_store") or "")
+    if not uri.startswith("s3://"):
+        return []
+    place = _aws.S3Place.parse(uri)
+    return [place.endpoint or f"https://s3.{place.region}.amazonaws.com"]
+
+
+def canonical(document: Any) -> bytes:
+    """The one spelling of a document, so that equal things have equal bytes."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def stamp(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def encode_host(host: str) -> str:
+    """A host's name as one path element that cannot be taken for ``_run`` or for an evidence stream."""
+    quoted = urllib.parse.quote(host, safe="")
+    if quoted.startswith(("_", ".")):
+        quoted = f"%{ord(quoted[0]):02X}{quoted[1:]}"
+    return quoted.removesuffix(".evidence") + "%2Eevidence" if quoted.endswith(".evidence") else quoted
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a stream, as it is stored."""
+
+    doc: dict[str, Any]
+
+    @property
+    def seq(self) -> int:
+        return int(self.doc["seq"])
+
+    @property
+    def kind(self) -> str:
+        return str(self.doc["kind"])
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return self.doc["body"]
+
+    @property
+    def digest(self) -> str:
+        return str(self.doc["digest"])
+
+    @property
+    def run(self) -> str:
+        return str(self.doc["run"])
+
+
+def digest_of(doc: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical({key: value for key, value in doc.items() if key != "digest"})).hexdigest()
+
+
+def advance(live: list[dict[str, Any]], seq: int, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is live for undo after one more entry: every intent that is not released, whatever became of it."""
+    if kind == "intent":
+        item = {key: body[key] for key in ("control", "what", "reversible", "releases", "at") if body.get(key) is not None}
+        return [*live, {"seq": seq, "state": "open", **item}]
+    if kind in ("done", "failed", "released"):
+        gone = {body.get("of")} if kind == "released" else set()
+        gone |= set(body.get("released", ()))
+        result = []
+        for item in live:
+            release = item.get("releases")
+            if item["seq"] in gone or (release and (item["seq"] == body.get("of") or release["seq"] in gone)):
+                continue
+            if item["seq"] == body.get("of"):
+                item = {**item, "state": body.get("outcome", kind)}
+            result.append(item)
+        return result
+    return live
+
+
+class Moved(Exception):
+    """Somebody else wrote the entry that we were about to write."""
+
+
+class Stream:
+    """One chain of entries, opened for one task."""
+
+    def __init__(self, case: Case, name: str) -> None:
+        self.case = case
+        self.name = name
+        self.folder = f"{case.id}/journal/{name}"
+        self.head: Entry | None = None
+        self.spooled: list[dict[str, Any]] = []
+
+    def load(self) -> None:
+        """Find the newest entry: one LIST and one GET."""
+        names = self.case.store.list(self.folder)
+        self.head = self.entry(int(names[-1].removesuffix(".json"))) if names else None
+
+    def entry(self, seq: int) -> Entry:
+        data = self.case.store.get(f"{self.folder}/{seq:08d}.json")
+        if data is None:
+            raise FirebreakError(f"the case's entry {self.name}/{seq} is missing; run verify_case", effect="none")
+        return Entry(self.case.inflate(json.loads(data)))
+
+    @property
+    def live(self) -> list[dict[str, Any]]:
+        return list(self.head.doc["live"]) if self.head else []
+
+    def busy(self) -> bool:
+        """Whether the newest entry says that a writer may still be at work (S3; a file store holds a lock instead)."""
+        return (
+            self.head is not None
+            and self.head.kind in ("intent", "resumed")
+            and float(self.head.body.get("until", 0)) > self.case.store.now()
+        )
+
+    def append(self, kind: str, body: dict[str, Any]) -> Entry:
+        """Write the next entry; ``Moved`` where somebody else was faster."""
+        seq = self.head.seq + 1 if self.head else 1
+        doc = self.case.document(self.name, seq, kind, body, self.head)
+        stored = self.case.deflate(doc)
+        if not self.case.store.create(f"{self.folder}/{seq:08d}.json", canonical(stored)):
+            raise Moved
+        self.head = Entry(doc)
+        return self.head
+
+    @contextlib.contextmanager
+    def writer(self, patience: float) -> Iterator[Stream]:
+        """Become the only writer. Waits for the one before, and says ``resumed`` where that one died."""
+        with self.case.store.exclusive(f"{self.case.id}/locks/{self.name}", patience) as locked:
+            self.reload(patience, locked)
+            merge_spool(self)
+            if self.head is not None and self.head.kind in ("intent", "resumed"):
+                with contextlib.suppress(Moved):
+                    self.append("resumed", {"of": self.head.seq, "until": self.case.until(patience)})
+            yield self
+
+    def reload(self, patience: float, locked: bool = False) -> None:
+        """Load the head, and wait while another machine's writer may be at work."""
+        give_up = self.case.context.clock() + 2 * patience + 5
+        while True:
+            self.load()
+            if self.head is not None and self.head.kind == "closed":
+                raise Refused(f"incident_id: {self.case.id} is closed; open a new incident (firebreak_incident_new)")
+            if locked or not self.busy() or (self.head and self.head.run == self.case.context.run_id):
+                return
+            if self.case.context.clock() >= give_up:
+                raise Busy("case_store: another run keeps writing for this host; wait for it to end, or end it, and try again")
+            self.case.context.sleep(0.2)
+
+
+class Case:
+    """One incident's record in one store."""
+
+    def __init__(self, store: Store, incident: str, params: dict[str, Any], context: Context) -> None:
+        self.store = store
+        self.id = incident
+        self.params = params
+        self.context = context
+
+    def stream(self, host: str, evidence: bool = False) -> Stream:
+        if host == RUN:
+            return Stream(self, RUN)
+        return Stream(self, encode_host(host) + (".evidence" if evidence else ""))
+
+    def until(self, seconds: float) -> float:
+        return round(self.store.now() + seconds, 3)
+
+    def document(self, stream: str, seq: int, kind: str, body: dict[str, Any], before: Entry | None) -> dict[str, Any]:
+        if kind not in KINDS:
+            raise ValueError(f"no such kind of entry: {kind}")
+        doc = {
+            "v": 1,
+            "incident": self.id,
+            "stream": stream,
+            "seq": seq,
+            "time": stamp(self.context.clock()),
+            "run": self.context.run_id,
+            "round": int(self.params.get("round") or 1),
+            "phase": self.params.get("phase"),
+            "actor": self.context.actor,
+            "kind": kind,
+            "body": body,
+            "live": advance(list(before.doc["live"]) if before else [], seq, kind, body),
+            "prev": before.digest if before else FIRST,
+            "nonce": secrets.token_hex(8),
+        }
+        if self.context.secrets.found_in(doc):
+            raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
+        doc["digest"] = digest_of(doc)
+        return doc
+
+    def deflate(self, doc: dict[str, Any]) -> dict[str, Any]:
+        """A large body goes to a blob, named by its hash; the chain covers the body itself."""
+        data = canonical(doc["body"])
+        if len(data) <= LARGE:
+            return doc
+        name = hashlib.sha256(data).hexdigest()
+        self.store.create(f"{self.id}/blobs/{name}", data)
+        return {**doc, "body": {"blob": name}}
+
+    def inflate(self, doc: dict[str, Any]) -> dict[str, Any]:
+        name = doc["body"].get("blob") if set(doc["body"]) == {"blob"} else None
+        if name is None:
+            return doc
+        data = self.store.get(f"{self.id}/blobs/{name}")
+        if data is None or hashlib.sha256(data).hexdigest() != name:
+            raise FirebreakError(f"the case's blob {name} is missing or altered; run verify_case", effect="none")
+        return {**doc, "body": json.loads(data)}
+
+    def check_open(self, stream: Stream) -> None:
+        """Refuse an unknown incident and one under HALT; a stream with entries proves that the incident exists."""
+        if stream.head is None and self.store.get(f"{self.id}/journal/{RUN}/00000001.json") is None:
+            raise Refused(f"incident_id: {self.id} is not in this case store; check firebreak_incident_id and case_store")
+        self.check_halt()
+
+    def check_halt(self) -> None:
+        if self.store.get("HALT") is not None or self.store.get(f"{self.id}/HALT") is not None:
+            raise Refused("HALT stands in the case store: every run but release stops", guard="halt")
+
+    def record(self, stream_name: str, kind: str, body: dict[str, Any]) -> Entry:
+        """Add an entry that claims nothing, however many others write beside us."""
+        stream = self.stream(stream_name)
+        with self.store.exclusive(f"{self.id}/locks/{stream.name}", 30):
+            for attempt in range(60):
+                stream.load()
+                with contextlib.suppress(Moved):
+                    return stream.append(kind, body)
+                self.context.sleep(0.02 * (1 + attempt % 5))
+        raise StoreUnavailable("case_store: too many writers at once; run the same command again")
+
+    def streams(self) -> dict[str, list[str]]:
+        """The keys of all entries, by stream."""
+        result: dict[str, list[str]] = {}
+        for key in self.store.walk(f"{self.id}/journal"):
+            _incident, _journal, name, entry = key.split("/", 3)
+            result.setdefault(name, []).append(entry)
+        return result
+
+    def heads(self) -> dict[str, Entry]:
+        """The newest entry of each stream, fetched side by side."""
+        names = {name: int(entries[-1].removesuffix(".json")) for name, entries in self.streams().items()}
+        return dict(zip(names, self.fetch(list(names.items())), strict=True))
+
+    def fetch(self, places: list[tuple[str, int]]) -> list[Entry]:
+        """Many entries at once; on S3 the waits overlap."""
+        if len(places) < 2 or self.store.scheme == "file":
+            return [Stream(self, name).entry(seq) for name, seq in places]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda place: Stream(self, place[0]).entry(place[1]), places))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def open_case(params: dict[str, Any], context: Context) -> Case:
+    incident = params.get("incident_id")
+    if not incident:
+        raise Refused("incident_id: name the incident (firebreak_incident_id), or run firebreak.incident.open first")
+    return Case(open_store(params, context), str(incident), params, context)
+
+
+def connect(params: dict[str, Any], context: Context) -> Case:
+    """The case as a service, for readers and gates."""
+    return open_case(params, context)
+
+
+# --- the spool: where entries go while the store is lost ---------------------------------------------------------------
+
+
+def spool_folder(case: Case, stream: str) -> str:
+    base = os.environ.get("FIREBREAK_SPOOL") or os.path.join(
+        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "firebreak", "spool"
+    )
+    store = hashlib.sha256(str(case.params.get("case_store")).encode()).hexdigest()[:16]
+    return os.path.join(base, store, case.id, stream)
+
+
+def spool(stream: Stream, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Keep an entry on this machine's disk, durably, until the store is back."""
+    folder = spool_folder(stream.case, stream.name)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if stream.case.context.secrets.found_in(body):
+        raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
+    entry = {"kind": kind, "body": body, "time": stamp(stream.case.context.clock()), "run": stream.case.context.run_id}
+    number = max((int(name[:8]) + 1 for name in os.listdir(folder)), default=0)
+    with open(os.path.join(folder, f"{number:08d}.json"), "xb", opener=_private) as file:
+        file.write(canonical(entry))
+        file.flush()
+        os.fsync(file.fileno())
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    stream.spooled.append(entry)
+    return entry
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def spooled(case: Case) -> list[str]:
+    """Streams of this case that still have entries on this machine only."""
+    root = os.path.dirname(spool_folder(case, "x"))
+    if not os.path.isdir(root):
+        return []
+    return sorted(name for name in os.listdir(root) if os.listdir(os.path.join(root, name)))
+
+
+def merge_spool(stream: Stream) -> int:
+    """Bring spooled entries into the stream, in their order; each says when and where it was first kept."""
+    folder = spool_folder(stream.case, stream.name)
+    if not os.path.isdir(folder):
+        return 0
+    moved: dict[int, int] = {}
+    names = sorted(os.listdir(folder))
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            entry = json.loads(file.read())
+        body = {**entry["body"], "spooled": {"time": entry["time"], "run": entry["run"], "number": int(name[:8])}}
+        if isinstance(body.get("of"), str):
+            # After a merge that was cut off, the intent is the newest one that is still open.
+            opened = [item["seq"] for item in stream.live if item["state"] == "open"]
+            body["of"] = moved.get(int(body["of"]), opened[-1] if opened else None)
+        already = stream.head is not None and stream.head.body.get("spooled") == body["spooled"]
+        written = stream.head if already and stream.head else stream.append(entry["kind"], body)
+        moved[int(name[:8])] = written.seq
+        os.unlink(os.path.join(folder, name))
+    return len(names)

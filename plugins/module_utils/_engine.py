@@ -1,0 +1,539 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""The engine: read, plan, guard, record the intent, apply, verify, record the outcome, return.
+
+It knows no class of Ansible. It is the only place that knows check mode, the diff, the journal and what failure means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from . import _case, _guards
+from ._case import Case, Entry, Moved, Stream, canonical
+from ._control import Context, Control
+from ._errors import FirebreakError, Refused, StoreUnavailable, Unproven
+from ._evidence import Evidence
+from ._plan import Change, Facts, Plan, at
+
+NO_INCIDENT = "INC-0000-0000-000"
+PATIENCE = {"SEV-1": 120.0}
+PATIENCE_ELSE = 900.0
+UNATTENDED_AN_HOUR = 25
+
+COMMON: dict[str, Any] = {
+    "case_store": {"type": "str"},
+    "incident_id": {"type": "str"},
+    "round": {"type": "int", "default": 1},
+    "site": {"type": "str"},
+    "phase": {"type": "str"},
+    "host": {"type": "str"},
+    "owner": {"type": "str"},
+    "expires": {"type": "str"},
+    "on_expiry": {"type": "str", "choices": ["remind", "release"], "default": "remind"},
+    "protected": {"type": "dict", "no_log": False},
+    "break_glass": {
+        "type": "list",
+        "elements": "dict",
+        "options": {
+            "guard": {"type": "str", "required": True},
+            "reason": {"type": "str", "required": True},
+            "date": {"type": "str", "required": True},
+        },
+    },
+    "evidence": {"type": "list", "elements": "str"},
+    "evidence_patience": {"type": "float"},
+    "unattended": {"type": "bool", "default": False},
+    "two_person": {"type": "bool", "default": False},
+}
+
+
+def spec_of(control: Any) -> dict[str, Any]:
+    """A control's whole argument spec: common options, the case's, its service's, its own; and its own rules."""
+    own = dict(control.spec)
+    options = own.pop("argument_spec", {})
+    service = control.service.SPEC if control.service is not None else {}
+    return {"argument_spec": {**COMMON, **_case.SPEC, **service, **options}, "supports_check_mode": True, **own}
+
+
+def own_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """What the user asked of this control, without secrets, connection and common options."""
+    options = control.spec.get("argument_spec", {})
+    return {name: params.get(name) for name in sorted(options) if not options[name].get("no_log") and params.get(name) is not None}
+
+
+def identity(control: Any, params: dict[str, Any]) -> str:
+    """The same task of the same control, whichever run it is in."""
+    return hashlib.sha256(canonical([control.name, own_options(control, params)])).hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class Task:
+    """One control on one system, prepared."""
+
+    control: Any
+    params: dict[str, Any]
+    context: Context
+    glass: dict[str, str]
+    case: Case | None = None
+
+    @property
+    def host(self) -> str:
+        return str(self.params.get("host") or "localhost")
+
+
+def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
+    """Guards that need no plan, and the surroundings of the task."""
+    params = dict(params)
+    service = [] if control.service is None else control.service.addresses(params)
+    _guards.site(params, [*service, *_case.addresses(params)], context.env)
+    if params["site"] == "lab":
+        context.env = {}
+    if not params.get("incident_id") and context.check_mode:
+        params["incident_id"] = NO_INCIDENT
+    params["mark"] = f"{params.get('incident_id')}/{params.get('round') or 1}"
+    context.correlation = str(params.get("incident_id") or "")
+    task = Task(control, params, context, _guards.break_glass(params.get("break_glass"), context.clock()))
+    if params.get("case_store") and params.get("incident_id"):
+        task.case = _case.open_case(params, context)
+    elif not context.check_mode:
+        _case.open_case(params, context)
+    context.evidence = Evidence(task.case, task.host, params)
+    return task
+
+
+def execute(control: Any, params: dict[str, Any], context: Context) -> dict[str, Any]:
+    """The one way in for both front ends: whatever happens comes back as a result, and no secret is in it."""
+    try:
+        if hasattr(control, "plan"):
+            result = run(control, params, context)
+        elif hasattr(control, "probe"):
+            result = run_gate(control, params, context)
+        elif hasattr(control, "write"):
+            result = run_record(control, params, context)
+        else:
+            result = run_info(control, params, context)
+    except FirebreakError as failure:
+        result = {"changed": False, **failure.facts, "failed": True, "msg": failure.msg}
+    except Exception as failure:
+        # A foreign exception's text may hold anything; its type is all that is told.
+        where = failure.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        line = f" ({where.tb_frame.f_code.co_name}, line {where.tb_lineno})" if where is not None else ""
+        result = {"changed": False, "failed": True, "msg": f"{control.name}: unexpected {type(failure).__name__}{line}"}
+    return context.secrets.censor(result)
+
+
+def run(control: Control, params: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Carry out a control, or predict it."""
+    task = prepare(control, params, context)
+    with client_of(task) as client:
+        if context.check_mode:
+            plan = decide(task, client)
+            guard(task, plan, None)
+            for change in plan.changes if control.dry_run else ():
+                control.dry_run(client, task.params, change)  # type: ignore[misc]
+            return result_of(task, plan, "planned" if plan.changes else "ok")
+        return Action(task, client).run()
+
+
+@contextlib.contextmanager
+def client_of(task: Task) -> Any:
+    client = task.control.service.connect(task.params, task.context)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def decide(task: Task, client: Any) -> Plan:
+    """Read and plan, and hold the plan to what every plan must be."""
+    facts = task.control.read(client, task.params)
+    plan = task.control.plan(task.params, facts)
+    if task.control.plan(task.params, plan.after).changes:
+        raise FirebreakError(f"internal: the plan of {task.control.name} does not converge; nothing was changed", effect="none")
+    if task.context.secrets.found_in([dataclasses.asdict(change) for change in plan.changes]):
+        raise FirebreakError(f"internal: a change of {task.control.name} holds a secret; nothing was changed", effect="none")
+    return plan
+
+
+def guard(task: Task, plan: Plan, journal: Journal | None) -> list[dict[str, str]]:
+    """All guards over a plan; what was overridden is returned, to be recorded."""
+    if not plan.changes:
+        return []
+    params = task.params
+    _guards.protected(plan, params.get("protected"))
+    overridden = _guards.breadth(plan, task.glass)
+    _guards.unattended(plan, bool(params.get("unattended")))
+    if plan.destroys:
+        overridden += _evidence_first(task, plan)
+    if journal is not None and task.case is not None and not journal.lost:
+        if params.get("unattended"):
+            _unattended_rate(task.case)
+        if params.get("two_person") and (overridden or _guards.irreversible(plan)):
+            _approved(task)
+    return overridden
+
+
+def _evidence_first(task: Task, plan: Plan) -> list[dict[str, str]]:
+    """What is evidence is not destroyed before it is exported; but a hanging export does not keep the thief's session alive."""
+    references = list(task.params.get("evidence") or [])
+    wait_until: float | None = None
+    while True:
+        missing = task.context.evidence.missing(plan.destroys, references)
+        if not missing:
+            return []
+        if "evidence" in task.glass:
+            return [{"guard": "evidence", "reason": task.glass["evidence"]}]
+        begun = task.context.evidence.begun(references)
+        if begun is None:
+            raise Refused(
+                f"evidence: {', '.join(missing)} would be destroyed before being exported; run the phase preserve first, "
+                "or give break glass for evidence",
+                guard="evidence",
+            )
+        if wait_until is None:
+            patience = task.params.get("evidence_patience")
+            wait_until = begun + (PATIENCE_ELSE if patience is None else float(patience))
+        if task.context.clock() >= wait_until:
+            return [{"guard": "evidence", "reason": f"by clock: {', '.join(missing)} not exported in time"}]
+        task.context.sleep(0.5)
+
+
+def _unattended_rate(case: Case) -> None:
+    since = case.context.clock() - 3600
+    places = [(name, int(entry.removesuffix(".json"))) for name, entries in case.streams().items() for entry in entries]
+    recent = [entry for entry in case.fetch(places) if entry.kind == "intent" and float(entry.body["at"]) > since]
+    if len(recent) >= UNATTENDED_AN_HOUR:
+        raise Refused(f"unattended: {UNATTENDED_AN_HOUR} changes in an hour without a person; a person goes on", guard="unattended")
+
+
+def _approved(task: Task) -> None:
+    case = task.case
+    if case is None:
+        return
+    places = [(_case.RUN, int(name.removesuffix(".json"))) for name in case.store.list(f"{case.id}/journal/{_case.RUN}")]
+    for entry in case.fetch(places):
+        approves = entry.body.get("approves") or []
+        if entry.kind == "decision" and task.control.name in approves and entry.doc["actor"] != task.context.actor:
+            return
+    raise Refused(
+        f"two_person: {task.control.name} needs the approval of somebody else: "
+        f"incident_event with kind=decision and approves=[{task.control.name}]",
+        guard="two_person",
+    )
+
+
+class Journal:
+    """A stream to write to, and the spool behind it while the store is lost."""
+
+    def __init__(self, task: Task, stack: contextlib.ExitStack) -> None:
+        if task.case is None:
+            raise FirebreakError("internal: no case", effect="none")
+        self.task = task
+        self.lost = False
+        self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
+        try:
+            stack.enter_context(self.stream.writer(task.control.deadline))
+            task.case.check_open(self.stream)
+        except StoreUnavailable:
+            self.lost = True
+
+    def write(self, kind: str, body: dict[str, Any]) -> int | str:
+        """Returns the entry's number: in the stream, or (a text) in the spool."""
+        if not self.lost:
+            try:
+                return self.stream.append(kind, body).seq
+            except StoreUnavailable:
+                self.lost = True
+        _case.spool(self.stream, kind, body)
+        return str(len(self.stream.spooled) - 1)
+
+    def unconfirmed(self) -> Entry | None:
+        """The open intent of this very task, left by a run that died or failed."""
+        what = identity(self.task.control, self.task.params)
+        for item in reversed(self.stream.live):
+            if item.get("what") == what and item["state"] == "open" and "releases" not in item:
+                return self.stream.entry(item["seq"])
+        return None
+
+    def live_item(self) -> dict[str, Any] | None:
+        what = identity(self.task.control, self.task.params)
+        return next((item for item in reversed(self.stream.live) if item.get("what") == what), None)
+
+
+class Action:
+    """The real run of one task."""
+
+    def __init__(self, task: Task, client: Any, releases: dict[str, Any] | None = None) -> None:
+        self.task = task
+        self.client = client
+        self.releases = releases
+        self.outcomes: list[dict[str, Any]] = []
+
+    def run(self, select: Callable[[Plan], Plan] | None = None) -> dict[str, Any]:
+        task = self.task
+        with contextlib.ExitStack() as stack:
+            journal = Journal(task, stack)
+            for _attempt in range(20):
+                try:
+                    plan = decide(task, self.client)
+                    overridden = guard(task, plan, journal)
+                    self._needs_store(journal, plan)
+                    if not plan.changes:
+                        return self._nothing_to_do(journal, plan)
+                    of = self._intent(journal, plan, overridden)
+                    break
+                except Moved:
+                    # Another machine was faster. What it did is read, and planned, again.
+                    journal.stream.reload(task.control.deadline)
+                except Refused as refusal:
+                    if not journal.lost:
+                        with contextlib.suppress(Moved, StoreUnavailable):
+                            body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
+                            journal.stream.append("refused", body)
+                    raise
+            else:
+                raise FirebreakError("case_store: too many writers for this host at once; run the same command again", effect="none")
+            return self._carry_out(journal, plan, of)
+
+    def _needs_store(self, journal: Journal, plan: Plan) -> None:
+        if journal.lost and _guards.irreversible(plan) and "store" not in self.task.glass:
+            raise Refused(
+                f"case_store: it cannot be reached, and {self.task.control.name} cannot be undone; "
+                "repair the store, or give break glass for store",
+                guard="store",
+            )
+
+    def _nothing_to_do(self, journal: Journal, plan: Plan) -> dict[str, Any]:
+        left = None if journal.lost else journal.unconfirmed()
+        item = None if journal.lost else journal.live_item()
+        if left is not None:
+            self._outcome(journal, "done", {"of": left.seq, "outcome": "verified", "recovered": True})
+        elif item is not None and item["state"] == "applied":
+            self._outcome(journal, "done", {"of": item["seq"], "outcome": "verified", "settled": True})
+        result = result_of(self.task, plan, "ok")
+        if item is not None and "at" in item:
+            result["since"] = _case.stamp(float(item["at"]))
+        return self._with_spool(journal, result)
+
+    def _intent(self, journal: Journal, plan: Plan, overridden: list[dict[str, str]]) -> int | str:
+        """Write down what will be done and how to undo it; carry on under an open intent that says the same."""
+        task = self.task
+        changes = [recorded(plan, change) for change in plan.changes]
+        left = None if journal.lost else journal.unconfirmed()
+        if left is not None and canonical(left.body["changes"]) == canonical(changes):
+            return left.seq
+        for override in overridden:
+            journal.write("override", {"control": task.control.name, **override})
+        now = task.context.clock()
+        body: dict[str, Any] = {
+            "control": task.control.name,
+            "what": identity(task.control, task.params),
+            "mark": task.params["mark"],
+            "options": own_options(task.control, task.params),
+            "changes": changes,
+            "estimate": plan.estimate,
+            "reversible": any(change.undo is not None for change in plan.changes),
+            "owner": task.params.get("owner"),
+            "expires": task.params.get("expires"),
+            "on_expiry": task.params.get("on_expiry"),
+            "at": now,
+            "until": now + task.control.deadline if journal.lost or task.case is None else task.case.until(task.control.deadline),
+        }
+        if left is not None:
+            body["continues"] = left.seq
+        if self.releases is not None:
+            body["releases"] = self.releases
+        return journal.write("intent", body)
+
+    def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
+        task, control = self.task, self.task.control
+        deadline = task.context.clock() + control.deadline
+        task.context.deadline = deadline
+        self.outcomes = [{**change.summary(), "outcome": "not begun"} for change in plan.changes]
+        try:
+            for number, change in enumerate(plan.changes):
+                if task.context.clock() >= deadline:
+                    raise FirebreakError(f"the deadline of {control.deadline:.0f} s is over", effect="none")
+                self._one(number, change)
+            outcome = self._verify(plan)
+        except Exception as failure:
+            facts = self._failure(failure)
+            self._outcome(journal, "failed", {"of": of, "why": facts["msg"], "outcomes": self.outcomes, "outcome": "failed"})
+            error = Unproven if isinstance(failure, Unproven) else FirebreakError
+            msg = facts.pop("msg")
+            raise error(msg, **self._with_spool(journal, {**result_of(task, plan, "failed"), **facts})) from None
+        self._outcome(journal, "done", {"of": of, "outcome": outcome, "outcomes": self.outcomes})
+        return self._with_spool(journal, {**result_of(task, plan, outcome), "outcomes": self.outcomes})
+
+    def _one(self, number: int, change: Change) -> None:
+        task, control = self.task, self.task.control
+        self.outcomes[number]["outcome"] = "unconfirmed"
+        try:
+            control.apply(self.client, task.params, change)
+        except Exception as failure:
+            if getattr(failure, "effect", "unknown") == "none":
+                self.outcomes[number]["outcome"] = "not done"
+            raise
+        self.outcomes[number]["outcome"] = "applied"
+        if control.prove is not None:
+            try:
+                control.prove(self.client, task.params, change)
+            except Exception:
+                self.outcomes[number]["outcome"] = "unproven"
+                raise
+            self.outcomes[number]["outcome"] = "proved"
+
+    def _verify(self, plan: Plan) -> str:
+        """Read again, plan again: nothing may be left to do."""
+        task, control = self.task, self.task.control
+        give_up = task.context.clock() + control.settle
+        while True:
+            left = control.plan(task.params, control.read(self.client, task.params)).changes
+            if not left:
+                return "verified"
+            if task.context.clock() >= give_up:
+                break
+            task.context.sleep(0.2)
+        if control.slow:
+            return "applied"
+        targets = ", ".join(f"{change.action} {change.target}" for change in left[:5])
+        raise Unproven(f"read again, the service does not show the change: {targets}")
+
+    def _failure(self, failure: Exception) -> dict[str, Any]:
+        msg = failure.msg if isinstance(failure, FirebreakError) else f"unexpected {type(failure).__name__}"
+        groups = {
+            "done": [o for o in self.outcomes if o["outcome"] in ("applied", "proved")],
+            "unconfirmed": [o for o in self.outcomes if o["outcome"] in ("unconfirmed", "unproven")],
+            "not done": [o for o in self.outcomes if o["outcome"] in ("not begun", "not done")],
+        }
+        told = "; ".join(
+            f"{name}: {', '.join(o['action'] + ' ' + o['target'] for o in members)}" for name, members in groups.items() if members
+        )
+        changed = bool(groups["done"] or groups["unconfirmed"])
+        return {
+            "msg": f"{self.task.control.name} on {self.task.host}: {msg}. {told}",
+            "changed": changed,
+            "outcomes": self.outcomes,
+            "effect": "unknown" if groups["unconfirmed"] else "none",
+        }
+
+    def _outcome(self, journal: Journal, kind: str, body: dict[str, Any]) -> None:
+        """Record what became of it. Losing the race here means that somebody took over: their entries stand."""
+        for _attempt in range(20):
+            try:
+                journal.write("released" if self.releases is not None and kind == "done" else kind, {**body, **self._released(kind)})
+                return
+            except Moved:
+                journal.stream.load()
+
+    def _released(self, kind: str) -> dict[str, Any]:
+        if self.releases is None or kind != "done" or not self.releases.get("last"):
+            return {}
+        return {"released": [self.releases["seq"]]}
+
+    def _with_spool(self, journal: Journal, result: dict[str, Any]) -> dict[str, Any]:
+        if journal.lost:
+            result["spooled"] = journal.stream.spooled
+        return result
+
+
+def recorded(plan: Plan, change: Change) -> dict[str, Any]:
+    """A change as it stands in the journal: with what was there before, and how to put it back."""
+    return {
+        "action": change.action,
+        "target": change.target,
+        "path": list(change.path),
+        "before": at(plan.before, change.path),
+        "after": at(plan.after, change.path),
+        "undo": change.undo,
+        "irreversible": change.irreversible,
+        "bulk": change.bulk,
+        "data": change.data,
+    }
+
+
+def result_of(task: Task, plan: Plan, outcome: str) -> dict[str, Any]:
+    """What every control returns."""
+    before, after = differing(plan.before, plan.after)
+    result: dict[str, Any] = {
+        "changed": bool(plan.changes),
+        "changes": [change.summary() for change in plan.changes],
+        "estimate": plan.estimate,
+        "state_before": plan.before,
+        "state_after": plan.after,
+        "diff": {"before": before, "after": after},
+        "incident_id": task.params["incident_id"],
+        "mark": task.params["mark"],
+        "outcome": outcome,
+    }
+    if getattr(task.control, "evidence", False):
+        result["evidence"] = task.context.evidence.references()
+    return result
+
+
+def differing(before: Any, after: Any) -> tuple[Any, Any]:
+    """Only what differs: at night five lines are read, not a document."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return before, after
+    left: Facts = {}
+    right: Facts = {}
+    for key in sorted({*before, *after}):
+        one, other = before.get(key), after.get(key)
+        if one == other:
+            continue
+        one, other = differing(one, other)
+        if key in before:
+            left[key] = one
+        if key in after:
+            right[key] = other
+    return left, right
+
+
+def run_info(reader: Any, params: dict[str, Any], context: Context) -> dict[str, Any]:
+    """A reader: it changes nothing, in check mode or not."""
+    task = prepare(reader, params, context)
+    with client_of(task) as client:
+        return {"changed": False, "incident_id": task.params.get("incident_id"), **reader.read(client, task.params)}
+
+
+def run_gate(gate: Any, params: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Probe until it passes for as long as asked, or the time is over; the verdict is a ``check`` entry."""
+    task = prepare(gate, params, context)
+    started = context.clock()
+    give_up = started + float(task.params.get("timeout") or 0)
+    passing_since: float | None = None
+    with client_of(task) as client:
+        while True:
+            seen = gate.probe(client, task.params)
+            now = context.clock()
+            passing_since = (passing_since or now) if seen["passed"] else None
+            held = passing_since is not None and now - passing_since >= float(task.params.get("for_seconds") or 0)
+            if held or now >= give_up:
+                break
+            context.sleep(float(task.params.get("interval") or 1))
+    body = {"control": gate.name, "passed": held, "seconds": round(context.clock() - started, 3), "checks": seen["checks"]}
+    if not context.check_mode and task.case is not None:
+        name = task.case.stream(task.host).name
+        with contextlib.suppress(StoreUnavailable):
+            task.case.record(name, "check", body)
+    result = {"changed": False, "incident_id": task.params.get("incident_id"), **{k: v for k, v in body.items() if k != "control"}}
+    if not held:
+        failing = "; ".join(f"{check['name']}: {check.get('why') or 'failed'}" for check in seen["checks"] if not check["passed"])
+        raise FirebreakError(f"{gate.name} on {task.host}: {failing}", effect="none", **result)
+    return result
+
+
+def run_record(record: Any, params: dict[str, Any], context: Context) -> dict[str, Any]:
+    """A control whose entry in the journal is the change."""
+    task = prepare(record, params, context)
+    written = record.write(task.case, task.params, context)
+    return {"changed": False, "incident_id": task.params.get("incident_id"), "diff": {"before": {}, "after": {}}, **written}

@@ -1,0 +1,154 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""Guards: what no control may do, whoever asks. Pure functions; each raises ``Refused`` or returns what was overridden.
+
+The engine calls them on every plan, in check mode too, so that a dry run refuses what the real run refuses.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+from ._errors import Refused
+from ._plan import Plan
+
+# A block wider than these needs break glass: 65,536 IPv4 addresses, or a provider's usual IPv6 allocation.
+WIDEST_PREFIX = {4: 16, 6: 32}
+MOST_COUNTRIES = 20
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def site(params: Mapping[str, Any], addresses: list[str], environment: Mapping[str, str]) -> None:
+    """The lab never reaches production, and production never takes the lab's settings."""
+    name = params.get("site")
+    if not name:
+        raise Refused("site: every inventory sets firebreak_site (for example production, or lab on loopback)", guard="site")
+    if name == "lab":
+        for address in addresses:
+            if not is_loopback(address):
+                raise Refused(f"site: lab talks to loopback only, but a service's address is {host_of(address)}", guard="site")
+    elif environment.get("FIREBREAK_LAB"):
+        raise Refused(f"site: {name} refuses to run while FIREBREAK_LAB is set; unset it", guard="site")
+    elif not params.get("owner"):
+        raise Refused("owner: name who owns this control (firebreak_owner)", guard="expiry")
+    elif not any((params.get("protected") or {}).values()):
+        raise Refused(
+            "protected: name what no control may cover (firebreak_protected: the responders' addresses, roles, accounts)",
+            guard="protected",
+        )
+
+
+def host_of(address: str) -> str:
+    """The host of a URL or of a plain address."""
+    return (urllib.parse.urlsplit(address).hostname or "") if "//" in address else address.strip("[]")
+
+
+def is_loopback(address: str) -> bool:
+    host = host_of(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def network(text: str) -> Network:
+    """An address or network; IPv4 written as IPv4-mapped IPv6 is IPv4."""
+    parsed = ipaddress.ip_network(text.strip(), strict=False)
+    if isinstance(parsed, ipaddress.IPv6Network) and parsed.prefixlen >= 96:
+        mapped = parsed.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.ip_network(f"{mapped}/{parsed.prefixlen - 96}")
+    return parsed
+
+
+def _networks(option: str, texts: list[str]) -> list[Network]:
+    result = []
+    for text in texts:
+        try:
+            result.append(network(str(text)))
+        except ValueError:
+            raise Refused(f"{option}: {text} is no address or network in CIDR form", guard="protected") from None
+    return result
+
+
+def _mapped(block: Network) -> list[Network]:
+    """The IPv4 networks that an IPv6 block also covers, through the IPv4-mapped range."""
+    range_of_mapped = ipaddress.IPv6Network("::ffff:0:0/96")
+    if isinstance(block, ipaddress.IPv6Network) and block.supernet_of(range_of_mapped):
+        return [ipaddress.ip_network("0.0.0.0/0")]
+    return []
+
+
+def protected(plan: Plan, protect: Mapping[str, Any] | None) -> None:
+    """Nothing protected may be covered by a block, a lock or a revocation."""
+    protect = protect or {}
+    kept = _networks("protected", list(protect.get("addresses") or []))
+    for block in _networks("addresses", list(plan.covers.get("addresses", []))):
+        for piece in [block, *_mapped(block)]:
+            for one in kept:
+                if piece.version == one.version and piece.overlaps(one):
+                    raise Refused(f"protected: {block} covers {one}, which is protected; take it out of the list", guard="protected")
+    for kind in ("countries", "roles", "accounts", "tokens", "keys"):
+        both = sorted({_fold(kind, x) for x in plan.covers.get(kind, [])} & {_fold(kind, x) for x in protect.get(kind) or []})
+        if both:
+            raise Refused(f"protected: {kind} {', '.join(both)} may not be covered by a control", guard="protected")
+
+
+def _fold(kind: str, value: Any) -> str:
+    return str(value).upper() if kind == "countries" else str(value)
+
+
+def breadth(plan: Plan, glass: Mapping[str, str]) -> list[dict[str, str]]:
+    """What is wider than an incident usually needs wants a reason, today's, given on the command line."""
+    wide = list(plan.wide)
+    for block in _networks("addresses", list(plan.covers.get("addresses", []))):
+        if block.prefixlen < WIDEST_PREFIX[block.version]:
+            wide.append("wide_block")
+    if len(plan.covers.get("countries", [])) > MOST_COUNTRIES:
+        wide.append("wide_block")
+    overridden = []
+    for guard in dict.fromkeys(wide):
+        if guard not in glass:
+            raise Refused(
+                f"breadth: this needs break glass for {guard}; give "
+                f"-e '{{\"firebreak_break_glass\": [{{\"guard\": \"{guard}\", \"reason\": \"..\", \"date\": \"<today, UTC>\"}}]}}'",
+                guard="breadth",
+            )
+        overridden.append({"guard": guard, "reason": glass[guard]})
+    return overridden
+
+
+def break_glass(entries: list[Mapping[str, Any]] | None, now: float) -> dict[str, str]:
+    """Today's overrides, by guard. One of another day is refused, so that none stays behind in a file."""
+    today = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).date().isoformat()
+    result = {}
+    for entry in entries or []:
+        if str(entry.get("date")) != today:
+            raise Refused(f"break_glass: the date of {entry.get('guard')} is not today's ({today}, UTC); give it with -e", guard="breadth")
+        if not str(entry.get("reason") or "").strip():
+            raise Refused(f"break_glass: {entry.get('guard')} has no reason", guard="breadth")
+        result[str(entry["guard"])] = str(entry["reason"])
+    return result
+
+
+def unattended(plan: Plan, is_unattended: bool) -> None:
+    """A run without a person changes only what can be undone."""
+    if not is_unattended:
+        return
+    for change in plan.changes:
+        if change.undo is None:
+            raise Refused(
+                f"unattended: {change.action} {change.target} cannot be undone; a person runs this", guard="unattended"
+            )
+
+
+def irreversible(plan: Plan) -> bool:
+    return any(change.undo is None for change in plan.changes)

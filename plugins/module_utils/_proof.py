@@ -1,0 +1,113 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""Show which value of a secret a consumer works with, without showing the value."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import secrets
+import urllib.parse
+from typing import Any
+
+from ._errors import Unproven
+from ._http import Answer, NoAnswer, origin, request
+
+TOKEN_SECONDS = 60
+
+
+def prove_rotation(proof: dict[str, Any], old: str, new: str, now: float) -> None:
+    """The new value is accepted and the old one is refused, one attempt each: more could lock an account."""
+    check = {"jwt": _jwt, "webhook": _webhook, "challenge": _challenge}[proof["kind"]]
+    check(proof, old, new, now)
+
+
+def answers_with(url: str, name: str, value: str) -> bool:
+    """Whether the consumer's answer to a fresh nonce is the HMAC of this value; Unproven where it gives no HMAC."""
+    return _matches(_ask(url, name), value)
+
+
+def _matches(asked: tuple[bytes, str], value: str) -> bool:
+    nonce, answer = asked
+    return hmac.compare_digest(answer.encode(), hmac.new(value.encode(), nonce, hashlib.sha256).hexdigest().encode())
+
+
+def _ask(url: str, name: str) -> tuple[bytes, str]:
+    nonce = secrets.token_bytes(32)
+    query = urllib.parse.urlencode({"name": name, "nonce": nonce.hex()})
+    answer = _send("GET", f"{url}{'&' if '?' in url else '?'}{query}", f"the challenge for {name}")
+    try:
+        digest = json.loads(answer.body)["hmac"] if answer.status == 200 else None
+    except (ValueError, KeyError, TypeError):
+        digest = None
+    if not isinstance(digest, str):
+        raise Unproven(f"{origin(url)} did not answer the challenge for {name} (status {answer.status})", effect="none")
+    return nonce, digest.lower()
+
+
+def _send(method: str, url: str, what: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> Answer:
+    try:
+        return request(method, url, headers, body)
+    except NoAnswer as error:
+        raise Unproven(f"{what} could not be proven: {error.msg}", effect="none") from None
+
+
+def _challenge(proof: dict[str, Any], old: str, new: str, _now: float) -> None:
+    name = proof.get("name") or proof["field"]
+    asked = _ask(proof["url"], name)
+    if _matches(asked, old):
+        raise Unproven(f"{origin(proof['url'])} still works with the old {name}", effect="none")
+    if not _matches(asked, new):
+        raise Unproven(f"{origin(proof['url'])} works with neither the new nor the old {name}", effect="none")
+
+
+def _jwt(proof: dict[str, Any], old: str, new: str, now: float) -> None:
+    def attempt(value: str) -> int:
+        token = signed_token(proof.get("claims") or {"sub": "firebreak"}, value, now)
+        return _send("GET", proof["url"], f"{proof['field']} as a token's key", {"Authorization": f"Bearer {token}"}).status
+
+    _refused_and_accepted(proof, "token", attempt, old, new)
+
+
+def _webhook(proof: dict[str, Any], old: str, new: str, _now: float) -> None:
+    body = (proof.get("body") or "{}").encode()
+
+    def attempt(value: str) -> int:
+        signature = (proof.get("prefix") or "") + hmac.new(value.encode(), body, hashlib.sha256).hexdigest()
+        headers = {proof.get("header") or "X-Signature": signature, "Content-Type": "application/json"}
+        return _send("POST", proof["url"], f"{proof['field']} as a webhook's key", headers, body).status
+
+    _refused_and_accepted(proof, "webhook", attempt, old, new)
+
+
+def _refused_and_accepted(proof: dict[str, Any], what: str, attempt: Any, old: str, new: str) -> None:
+    """A door that refuses everybody proves nothing, so the new value goes first."""
+    where = origin(proof["url"])
+    status = attempt(new)
+    if not 200 <= status < 300:
+        raise Unproven(f"{where} does not accept a {what} of the new {proof['field']} (status {status})", effect="none")
+    status = attempt(old)
+    if status != 401:
+        raise Unproven(
+            f"{where} does not refuse a {what} of the old {proof['field']} with 401 (status {status})", effect="none"
+        )
+
+
+def signed_token(claims: dict[str, Any], key: str, now: float) -> str:
+    """A JSON Web Token, HS256, good for a minute."""
+    times = {"iat": int(now), "exp": int(now) + TOKEN_SECONDS}
+    signed = b".".join(_part(each) for each in ({"alg": "HS256", "typ": "JWT"}, {**times, **claims}))
+    mac = hmac.new(key.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + _base64url(mac)).decode()
+
+
+def _part(content: dict[str, Any]) -> bytes:
+    return _base64url(json.dumps(content, separators=(",", ":")).encode())
+
+
+def _base64url(content: bytes) -> bytes:
+    return base64.urlsafe_b64encode(content).rstrip(b"=")

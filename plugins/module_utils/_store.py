@@ -1,0 +1,321 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""Case stores: where entries are created once and never rewritten.
+
+Both stores offer the same few calls. A key is a path with slashes, without a leading one. Every failure of the store itself is
+``StoreUnavailable``; that a key exists already is an answer, not a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from . import _aws
+from ._control import Context
+from ._errors import Busy, Refused, StoreUnavailable
+
+BLOCK = 1 << 20
+
+
+class FileStore:
+    """``file:///folder``: one file an entry, made durable before its name appears."""
+
+    scheme = "file"
+    durable_without_disk = False
+
+    def __init__(self, folder: str, context: Context) -> None:
+        self.folder = pathlib.Path(folder)
+        self._context = context
+
+    def now(self) -> float:
+        return self._context.clock()
+
+    def list(self, prefix: str) -> list[str]:
+        """Names directly below ``prefix``, sorted."""
+        with self._errors("read"):
+            try:
+                return sorted(name for name in os.listdir(self.folder / prefix) if not name.startswith("."))
+            except FileNotFoundError:
+                return []
+
+    def walk(self, prefix: str) -> list[str]:
+        """All keys below ``prefix``, sorted."""
+        with self._errors("read"):
+            top = self.folder / prefix
+            files = (entry for entry in top.rglob("*") if entry.is_file() and not entry.name.startswith("."))
+            return sorted(entry.relative_to(self.folder).as_posix() for entry in files)
+
+    def get(self, key: str) -> bytes | None:
+        with self._errors("read"):
+            try:
+                return (self.folder / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a new key. False where it exists with other content; the same content again is a success."""
+        with self._errors("write"):
+            target = self.folder / key
+            _make_folder(target.parent)
+            # link(2) fails where the name exists. O_EXCL would leave an empty entry after a kill between open and write.
+            with self._temporary(target.parent) as (name, stream):
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                try:
+                    os.link(name, target)
+                except FileExistsError:
+                    return target.read_bytes() == data
+            _sync_folder(target.parent)
+            return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write a view, which may be made anew at any time."""
+        with self._errors("write"):
+            target = self.folder / key
+            _make_folder(target.parent)
+            with self._temporary(target.parent) as (name, stream):
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(name, target)
+
+    def put_file(self, key: str, source: BinaryIO) -> None:
+        """Copy a large file in; the key names its content's hash, so an existing one is the same."""
+        with self._errors("write"):
+            target = self.folder / key
+            _make_folder(target.parent)
+            with self._temporary(target.parent) as (name, stream):
+                while block := source.read(BLOCK):
+                    stream.write(block)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(name, target)
+            _sync_folder(target.parent)
+
+    def size(self, key: str) -> int | None:
+        with self._errors("read"):
+            try:
+                return (self.folder / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def rewritten(self, prefix: str) -> list[str]:
+        """A file has no versions; what was done to it shows in the chain."""
+        return []
+
+    @contextlib.contextmanager
+    def exclusive(self, key: str, patience: float) -> Iterator[bool]:
+        """Hold the only writer's lock. The kernel frees it when its holder dies."""
+        with self._errors("lock"):
+            _make_folder((self.folder / key).parent)
+            descriptor = os.open(self.folder / key, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            until = self._context.clock() + patience
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as exc:
+                    if exc.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise StoreUnavailable(f"case_store: locking failed ({errno.errorcode.get(exc.errno or 0)})") from None
+                if self._context.clock() >= until:
+                    raise Busy(
+                        f"case_store: another run has been writing for this host for {patience:.0f} s; "
+                        "wait for it to end, or end it, and run the same command again"
+                    )
+                self._context.sleep(0.05)
+            yield True
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _temporary(self, folder: pathlib.Path) -> Iterator[tuple[str, BinaryIO]]:
+        descriptor, name = tempfile.mkstemp(prefix=".new-", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                yield name, stream
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            code = errno.errorcode.get(exc.errno or 0, "OSError")
+            remedy = {"ENOSPC": "free disk space", "EROFS": "name a folder on a writable file system"}.get(
+                code, "name a folder that this user may write to"
+            )
+            raise StoreUnavailable(f"case_store: cannot {verb} {self.folder} ({code}); {remedy}") from None
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class S3Store:
+    """``s3://bucket/prefix``: put-if-absent, each object under Object Lock retention of its own."""
+
+    scheme = "s3"
+    durable_without_disk = True
+
+    def __init__(self, place: _aws.S3Place, params: dict[str, Any], context: Context) -> None:
+        self._place = place
+        self._context = context
+        self._offset = 0.0
+        self._s3 = _aws.s3_client(place, params, context)
+
+    def now(self) -> float:
+        """The store's time, as its last answer told it; one clock for all machines, to the second."""
+        return self._context.clock() + self._offset
+
+    def list(self, prefix: str) -> list[str]:
+        below = self._key(prefix).rstrip("/") + "/"
+        names = []
+        for page in self._pages(Prefix=below, Delimiter="/"):
+            names += [entry["Key"][len(below) :] for entry in page.get("Contents", [])]
+            names += [entry["Prefix"][len(below) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        return sorted(names)
+
+    def walk(self, prefix: str) -> list[str]:
+        below = self._key(prefix).rstrip("/") + "/"
+        start = len(self._key(""))
+        return sorted(entry["Key"][start:] for page in self._pages(Prefix=below) for entry in page.get("Contents", []))
+
+    def get(self, key: str) -> bytes | None:
+        answer = self._call("get_object", Key=self._key(key), missing=True)
+        return None if answer is None else answer["Body"].read()
+
+    def create(self, key: str, data: bytes) -> bool:
+        for _attempt in range(4):
+            code = self._put(key, data, IfNoneMatch="*")
+            if code is None:
+                return True
+            if code == "PreconditionFailed":
+                # The entry carries a nonce: the same bytes mean that our own answer was lost.
+                return self.get(key) == data
+            self._context.sleep(0.05)
+        raise StoreUnavailable("case_store: the bucket keeps answering 409 to a conditional put; try again")
+
+    def replace(self, key: str, data: bytes) -> None:
+        """A view is not locked, so that it can be made anew."""
+        self._call("put_object", Key=self._key(key), Body=data)
+
+    def put_file(self, key: str, source: BinaryIO) -> None:
+        self._call("put_object", Key=self._key(key), Body=source, **self._place.lock(self.now()))
+
+    def size(self, key: str) -> int | None:
+        answer = self._call("head_object", Key=self._key(key), missing=True)
+        return None if answer is None else int(answer["ContentLength"])
+
+    def rewritten(self, prefix: str) -> list[str]:
+        """Keys with more than one version, or with a delete marker: somebody wrote over an entry."""
+        start = len(self._key(""))
+        seen: dict[str, int] = {}
+        bad: set[str] = set()
+        marker: dict[str, str] = {}
+        while True:
+            page = self._call("list_object_versions", Prefix=self._key(prefix), **marker)
+            for entry in page.get("Versions", []):
+                seen[entry["Key"]] = seen.get(entry["Key"], 0) + 1
+            bad.update(entry["Key"] for entry in page.get("DeleteMarkers", []))
+            if not page.get("IsTruncated"):
+                break
+            marker = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker", "")}
+        bad.update(key for key, versions in seen.items() if versions > 1)
+        return sorted(key[start:] for key in bad)
+
+    @contextlib.contextmanager
+    def exclusive(self, key: str, patience: float) -> Iterator[bool]:
+        """There are no locks in S3: the exclusive put of the intent is the claim."""
+        yield False
+
+    def _key(self, key: str) -> str:
+        return "/".join(part for part in (self._place.prefix, key) if part) if key else (
+            f"{self._place.prefix}/" if self._place.prefix else ""
+        )
+
+    def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._call("list_objects_v2", **arguments, **token)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _put(self, key: str, data: bytes, **extra: Any) -> str | None:
+        try:
+            self._call("put_object", Key=self._key(key), Body=data, **self._place.lock(self.now()), **extra)
+        except _aws.Answer as answer:
+            if answer.code in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"):
+                return answer.code
+            raise StoreUnavailable(answer.text("put an entry into case_store")) from None
+        return None
+
+    def _call(self, operation: str, missing: bool = False, **arguments: Any) -> Any:
+        try:
+            answer = _aws.call(self._s3, operation, Bucket=self._place.bucket, **arguments)
+        except _aws.Answer as failure:
+            if missing and failure.status == 404 and failure.code != "NoSuchBucket":
+                return None
+            if operation == "put_object" and failure.status in (409, 412):
+                raise
+            raise StoreUnavailable(failure.text(f"{operation} in case_store")) from None
+        self._offset = _aws.server_time(answer, self._context.clock()) - self._context.clock()
+        return answer
+
+
+Store = FileStore | S3Store
+
+
+def open_store(params: dict[str, Any], context: Context) -> Store:
+    """The store that the option ``case_store`` names."""
+    uri = params.get("case_store")
+    if not uri:
+        raise Refused("case_store: name the case store (set firebreak_case_store), for example s3://bucket/prefix?...")
+    parts = urllib.parse.urlsplit(str(uri))
+    opener: Callable[[], Store] | None = None
+    if parts.scheme == "file" and parts.path.startswith("/") and not parts.netloc:
+        if params.get("site") != "lab" and _inside_throw_away_job():
+            raise Refused(
+                "case_store: file:// would be lost with this job's disk; name an s3:// store in firebreak_case_store"
+            )
+        opener = lambda: FileStore(urllib.parse.unquote(parts.path), context)  # noqa: E731
+    elif parts.scheme == "s3" and parts.netloc:
+        place = _aws.S3Place.parse(str(uri))
+        opener = lambda: S3Store(place, params, context)  # noqa: E731
+    if opener is None:
+        raise Refused("case_store: give file:///absolute/folder or s3://bucket/prefix?region=..&lock_mode=..&retention_days=..")
+    return opener()
+
+
+def _inside_throw_away_job() -> bool:
+    return bool(os.environ.get("JOB_ID") and os.environ.get("AWX_PRIVATE_DATA_DIR")) or "AWX_ISOLATED_DATA_DIR" in os.environ
+
+
