@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-RECIPE = Path(__file__).resolve().parent / "vault"
+HERE = Path(__file__).resolve().parent
+RECIPES = ("vault", "versitygw")  # folders with a Go module file and its checksums
 VAULT = "github.com/hashicorp/vault"
 POSTGRESQL_PLUGIN = f"{VAULT}/plugins/database/postgresql/postgresql-database-plugin"
-VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
+VERSITYGW = "github.com/versity/versitygw/cmd/versitygw"
 STRIP = ("-trimpath", "-ldflags", "-s -w")
 STRIP_VAULT = ("-tags", "minimal", "-trimpath", "-ldflags", f"-s -w -X {VAULT}/version.GitCommit=module")
 GO = (1, 25, 3)
@@ -51,9 +52,10 @@ class LeftOut(Exception):
 
 def recipe_hash() -> str:
     """The identity of what is built: the modules with their checksums, and how they are built."""
-    digest = hashlib.sha256(repr((VERSITYGW, STRIP, STRIP_VAULT)).encode())
-    for name in ("go.mod", "go.sum"):
-        digest.update((RECIPE / name).read_bytes())
+    digest = hashlib.sha256(repr((STRIP, STRIP_VAULT)).encode())
+    for recipe in RECIPES:
+        for name in ("go.mod", "go.sum"):
+            digest.update((HERE / recipe / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -78,15 +80,12 @@ def missing(parts: list[str]) -> list[str]:
 
 
 def build_versitygw(go: Go, into: Path) -> None:
-    go.run("install", *STRIP, VERSITYGW, env={"GOBIN": str(into / "bin")})
+    go.build("versitygw", VERSITYGW, into / FILES["versitygw"], STRIP)
 
 
 def build_vault(go: Go, into: Path) -> None:
-    source = go.scratch / "vault"
-    shutil.copytree(RECIPE, source)
-    go.run("build", *STRIP_VAULT, "-o", str(into / FILES["vault"]), VAULT, cwd=source)
-    plugin = str(into / FILES["postgresql-database-plugin"])
-    go.run("build", *STRIP, "-o", plugin, POSTGRESQL_PLUGIN, cwd=source)
+    go.build("vault", VAULT, into / FILES["vault"], STRIP_VAULT)
+    go.build("vault", POSTGRESQL_PLUGIN, into / FILES["postgresql-database-plugin"], STRIP)
 
 
 # name, what it is, how long it takes on two cores, the programs, how
@@ -117,20 +116,20 @@ class Go:
             wanted = ".".join(str(part) for part in GO)
             raise LeftOut(f"it needs Go {wanted} or newer, and `go` is {shown.stdout.strip() or 'not working'}")
 
-    def run(self, *args: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    def build(self, recipe: str, package: str, program: Path, options: tuple[str, ...]) -> None:
         own = {
             "CGO_ENABLED": "0",
             "GOMODCACHE": str(self.scratch / "modules"),
             "GOCACHE": str(self.scratch / "build"),
-            "GOFLAGS": "-modcacherw -buildvcs=false",
+            "GOFLAGS": "-mod=readonly -modcacherw -buildvcs=false",
             "GOWORK": "off",
         }
         log = self.scratch / "log"
         with log.open("wb") as output:
             child = subprocess.Popen(
-                [self.tool, *args],
-                cwd=cwd or self.scratch,
-                env={**os.environ, **own, **(env or {})},
+                [self.tool, "build", *options, "-o", str(program), package],
+                cwd=HERE / recipe,
+                env={**os.environ, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -144,7 +143,7 @@ class Go:
                 child.wait()
         if status:
             lines = log.read_text("utf-8", "replace").strip().splitlines() or ["no output"]
-            raise LeftOut(f"`go {args[0]}` failed: {lines[-1].strip()}")
+            raise LeftOut(f"`go build` failed: {lines[-1].strip()}")
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
@@ -173,13 +172,18 @@ def _scratch(root: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
+def _free() -> float:
+    """GB of free disk where the cache folder is, or will be."""
+    folder = next(folder for folder in cache().parents if folder.exists())
+    return shutil.disk_usage(folder).free / 1e9
+
+
 def build(programs: tuple[str, ...], how: Callable[[Go, Path], None], target: Path) -> None:
     with _scratch(target.parent) as scratch:
         if all(find(program) for program in programs):
             return  # another run built it while this one waited
-        free = shutil.disk_usage(scratch).free / 1e9
-        if free < DISK_GB:
-            raise LeftOut(f"a build needs {DISK_GB} GB of free disk, and the cache folder's has {free:.1f}")
+        if (free := _free()) < DISK_GB:
+            raise LeftOut(f"a build needs {DISK_GB} GB of free disk, and the cache folder has {free:.1f}")
         out = scratch / "out"
         for program in programs:
             (out / FILES[program]).parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +221,11 @@ def _end(_signal: int, _frame: FrameType | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the lab's real servers, or ask for them.")
     parser.add_argument("--need", metavar="vault,s3", help="build nothing; fail when one of these is missing")
-    wanted = parser.parse_args().need
+    parser.add_argument("--room", action="store_true", help="fail when there is not the disk space for a build")
+    asked = parser.parse_args()
+    if asked.room:
+        return int(_free() < DISK_GB)
+    wanted = asked.need
     if wanted is not None:
         parts = [part for part in wanted.split(",") if part]
         if unknown := sorted(set(parts) - set(PARTS)):
