@@ -61,7 +61,7 @@ def request(
     ca_cert: str | None = None,
     source: str | None = None,
 ) -> Answer:
-    """The answer as it came, whatever its status; a redirect is an answer too. ``source`` is a local address to speak from."""
+    """The answer as it came, whatever its status; a redirect is one too. ``source`` is the address to speak from."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FirebreakError("a URL must begin with http:// or https:// and name a host", effect="none")

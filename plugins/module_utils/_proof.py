@@ -68,7 +68,8 @@ def _challenge(proof: dict[str, Any], old: str, new: str, _now: float) -> None:
 def _jwt(proof: dict[str, Any], old: str, new: str, now: float) -> None:
     def attempt(value: str) -> int:
         token = signed_token(proof.get("claims") or {"sub": "firebreak"}, value, now)
-        return _send("GET", proof["url"], f"{proof['field']} as a token's key", {"Authorization": f"Bearer {token}"}).status
+        headers = {"Authorization": f"Bearer {token}"}
+        return _send("GET", proof["url"], f"{proof['field']} as a token's key", headers).status
 
     _refused_and_accepted(proof, "token", attempt, old, new)
 

@@ -4,8 +4,8 @@
 # PRIVATE to this collection: may change in any release.
 """Vault and OpenBao, through hvac's plain adapter.
 
-Its convenience calls are not used: they follow redirects with the token, take addresses and tokens from the environment,
-and some reset what they were not asked to touch.
+Its convenience calls are not used: they follow redirects with the token, take addresses and tokens from the
+environment, and some reset what they were not asked to touch.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _bytes(value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else json.dumps(value, sort_keys=True).encode()
 
 
-def _contains(data: Any, values: dict[str, Any]) -> bool:
+def contains(data: Any, values: dict[str, Any]) -> bool:
+    """Whether these values stand among the fields of a secret."""
     return isinstance(data, dict) and all(name in data and same(data[name], value) for name, value in values.items())
 
 
@@ -225,7 +226,7 @@ class Client:
         except VaultError:
             raise VaultError(error.msg, error.status, "unknown") from None
         version = now["version"] if now else 0
-        if now and version == cas + 1 and _contains(now["data"], data):
+        if now and version == cas + 1 and contains(now["data"], data):
             return version
         if version == cas:
             raise error

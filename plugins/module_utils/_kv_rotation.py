@@ -1,0 +1,170 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""The steps of a rotation in a KV version 2 engine. Each can be repeated after a crash at any point.
+
+The pending entry is claim, lock and value in one: ``{mark, base, values}``, created where nothing was. ``base`` is the
+version that is replaced. At the end the record ``{mark, base, fields, done}`` is written over it, and the versions with
+values are destroyed. Where a rotation stands follows from this entry and the secret; there is no other record.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from typing import Any
+
+from ._errors import Refused, Unproven
+from ._plan import Facts
+from ._proof import prove_rotation
+from ._vault import Client, contains, same, undestroyed
+
+STATES = ("unrotated", "staged", "current", "retired")
+
+
+def read(client: Client, params: dict[str, Any]) -> Facts:
+    """Where this rotation stands, from the secret and from the pending entry. Values stay in ``client.held``."""
+    mount, path = params["engine_mount_point"], params["path"]
+    secret = client.read_secret(mount, path) or {"version": 0, "data": None}
+    pending = client.read_secret(mount, _pending_path(params)) or {"version": 0, "data": {}}
+    entry = pending["data"] or {}
+    current = {name: value for name, value in (secret["data"] or {}).items() if name in params["fields"]}
+    known = (current, entry.get("values") or {}, params["new_values"] or {})
+    for value in (value for values in known for value in values.values()):
+        client.secret(value)
+    client.held.update(values=entry.get("values"), entry_version=pending["version"])
+
+    base = entry.get("base", secret["version"])
+    old = [version for version in undestroyed(client.read_metadata(mount, path)) if version <= base]
+    done = bool(entry.get("done"))
+    copies = _copies(client, params, pending["version"]) if done else [pending["version"]] if entry else []
+    conflict = _conflict(client, params, secret["version"], current, pending)
+    facts = {
+        "state": _state(entry, secret["version"], bool(copies or old)),
+        "fields": sorted(current),
+        "version": secret["version"],
+        "replaces": base,
+        "pending": "stored" if copies else "destroyed" if done else "absent",
+        "old_versions": "readable" if old else "destroyed",
+        "mark": params["mark"] if done else None,
+        "conflict": conflict,
+        "estimate": {"old_versions": len(old)},
+    }
+    if not conflict and STATES.index(facts["state"]) < STATES.index(params["state"]):
+        client.require_capabilities(_capabilities(params))
+        _refuse_known_values(params, *known)
+    return facts
+
+
+def stage(client: Client, params: dict[str, Any], base: int) -> None:
+    given = params["new_values"] or {}
+    values = {name: client.secret(given.get(name) or _generated(params)) for name in fields_of(params)}
+    client.held["values"] = values
+    _write_entry(client, params, {"mark": params["mark"], "base": base, "values": values})
+
+
+def promote(client: Client, params: dict[str, Any], base: int) -> None:
+    client.patch_secret(params["engine_mount_point"], params["path"], client.held["values"], base)
+
+
+def prove(client: Client, params: dict[str, Any], base: int) -> None:
+    """The record is written after all proofs and before anything is destroyed: no crash loses an old value untried."""
+    old = (client.read_secret(params["engine_mount_point"], params["path"], base) or {}).get("data") or {}
+    if absent := sorted(set(params["fields"]) - set(old)):
+        raise Unproven(f"the old {', '.join(absent)} cannot be read any more, so nobody can try it", effect="none")
+    for proof in params["proof"]:
+        before, after = str(client.secret(old[proof["field"]])), client.held["values"][proof["field"]]
+        prove_rotation(proof, before, after, client.clock())
+    _write_entry(client, params, {"mark": params["mark"], "base": base, "fields": fields_of(params), "done": True})
+
+
+def forget(client: Client, params: dict[str, Any], _base: int) -> None:
+    copies = _copies(client, params, client.held["entry_version"])
+    client.destroy_versions(params["engine_mount_point"], _pending_path(params), copies)
+
+
+def destroy(client: Client, params: dict[str, Any], base: int) -> None:
+    mount, path = params["engine_mount_point"], params["path"]
+    versions = undestroyed(client.read_metadata(mount, path))
+    client.destroy_versions(mount, path, [version for version in versions if version <= base])
+
+
+def _write_entry(client: Client, params: dict[str, Any], entry: dict[str, Any]) -> None:
+    where = (params["engine_mount_point"], _pending_path(params))
+    client.held["entry_version"] = client.write_secret(*where, entry, client.held["entry_version"])
+
+
+def _copies(client: Client, params: dict[str, Any], record: int) -> list[int]:
+    """Versions of the pending entry that still hold values after the record was written over them."""
+    metadata = client.read_metadata(params["engine_mount_point"], _pending_path(params))
+    return [version for version in undestroyed(metadata) if version < record]
+
+
+def _state(entry: dict[str, Any], version: int, left: bool) -> str:
+    if not entry:
+        return "unrotated"
+    if entry.get("done") and not left:
+        return "retired"
+    return "staged" if version == entry["base"] else "current"
+
+
+def _conflict(
+    client: Client, params: dict[str, Any], version: int, current: dict[str, Any], pending: dict[str, Any]
+) -> str | None:
+    """Who else was here: the secret holds neither the version that we replace nor our values."""
+    entry = pending["data"]
+    if entry is None:
+        return f"its pending values were deleted at {_pending_path(params)}"
+    if not entry or entry.get("done") or version == entry["base"] or contains(current, entry["values"]):
+        return None
+    writer = client.writer(params["engine_mount_point"], params["path"], version)
+    return f"version {version} was written by {writer} in between"
+
+
+def _refuse_known_values(
+    params: dict[str, Any], current: dict[str, Any], pending: dict[str, Any], given: dict[str, Any]
+) -> None:
+    for name, value in given.items():
+        if pending and not same(pending.get(name, ""), value):
+            raise Refused(f"new_values: another value for {name} is pending in this round")
+        if not pending and name in current and same(current[name], value):
+            raise Refused(f"new_values: {name} is the value in use, which is to be replaced")
+
+
+def _capabilities(params: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    mount, path, pending = params["engine_mount_point"], params["path"], _pending_path(params)
+    wanted: dict[str, tuple[str, ...]] = {
+        f"{mount}/data/{path}": ("patch", "read"),
+        f"{mount}/data/{pending}": ("create", "read", "update"),
+        f"{mount}/metadata/{path}": ("read",),
+        f"{mount}/metadata/{pending}": ("read",),
+    }
+    if params["state"] == "retired":
+        wanted |= {f"{mount}/destroy/{path}": ("update",), f"{mount}/destroy/{pending}": ("update",)}
+    return wanted
+
+
+def _generated(params: dict[str, Any]) -> str:
+    value = secrets.token_bytes(params["bytes"])
+    if params["format"] == "hex":
+        return value.hex()
+    if params["format"] == "base64":
+        return base64.b64encode(value).decode()
+    return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
+
+def fields_of(params: dict[str, Any]) -> list[str]:
+    return sorted(set(params["fields"]))
+
+
+def name_of(params: dict[str, Any]) -> str:
+    return f"{params['engine_mount_point']}/{params['path']}"
+
+
+def _pending_path(params: dict[str, Any]) -> str:
+    """The fields are part of it, so that two tasks can rotate different fields of one secret in the same round."""
+    return f"_pending/{params['mark']}/{params['path']}/{','.join(fields_of(params))}"
+
+
+STEPS = {"stage": stage, "promote": promote, "prove": prove, "forget": forget, "destroy": destroy}
