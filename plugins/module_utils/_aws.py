@@ -31,7 +31,11 @@ def preload() -> None:
         boto3 = require("boto3", "boto3", "1.35.0")
         session = boto3.session.Session()
         session.client(
-            "s3", region_name="us-east-1", aws_access_key_id="unused", aws_secret_access_key="unused", endpoint_url="http://127.0.0.1:9"
+            "s3",
+            region_name="us-east-1",
+            aws_access_key_id="unused",
+            aws_secret_access_key="unused",
+            endpoint_url="http://127.0.0.1:9",
         )
         _session = session
 
@@ -53,7 +57,9 @@ class S3Place:
         query = {key: values[-1] for key, values in urllib.parse.parse_qs(parts.query).items()}
         unknown = sorted(set(query) - {"region", "endpoint", "lock_mode", "retention_days"})
         if unknown:
-            raise Refused(f"case_store: unknown parameter {', '.join(unknown)}; known are region, endpoint, lock_mode, retention_days")
+            raise Refused(
+                f"case_store: unknown parameter {', '.join(unknown)}; known are region, endpoint, lock_mode, retention_days"
+            )
         mode, days = query.get("lock_mode", ""), query.get("retention_days", "")
         if mode not in ("GOVERNANCE", "COMPLIANCE"):
             raise Refused("case_store: add lock_mode=GOVERNANCE or lock_mode=COMPLIANCE; it has no default")
@@ -69,7 +75,7 @@ class S3Place:
         )
 
     def lock(self, now: float) -> dict[str, Any]:
-        until = datetime.datetime.fromtimestamp(now, datetime.timezone.utc) + datetime.timedelta(days=self.retention_days)
+        until = datetime.datetime.fromtimestamp(now, datetime.UTC) + datetime.timedelta(days=self.retention_days)
         return {"ObjectLockMode": self.lock_mode, "ObjectLockRetainUntilDate": until}
 
 
@@ -136,9 +142,13 @@ def call(client: Any, operation: str, **arguments: Any) -> dict[str, Any]:
         code = str(exc.response.get("Error", {}).get("Code", "unknown"))
         raise Answer(status, code) from None
     except exceptions.NoCredentialsError:
-        raise StoreUnavailable("case_store: no credentials; set case_access_key_id and case_secret_access_key") from None
+        raise StoreUnavailable(
+            "case_store: no credentials; set case_access_key_id and case_secret_access_key"
+        ) from None
     except (exceptions.BotoCoreError, OSError) as exc:
-        raise StoreUnavailable(f"case_store: S3 cannot be reached ({type(exc).__name__}); check endpoint and network") from None
+        raise StoreUnavailable(
+            f"case_store: S3 cannot be reached ({type(exc).__name__}); check endpoint and network"
+        ) from None
 
 
 def server_time(answer: dict[str, Any], default: float) -> float:

@@ -31,8 +31,27 @@ RUN = "_run"
 FIRST = "0" * 64
 LARGE = 16 * 1024
 KINDS = frozenset(
-    "opened note decision phase seal intent done failed refused override resumed check evidence clock notified released "
-    "adopted erased closed".split()
+    [
+        "opened",
+        "note",
+        "decision",
+        "phase",
+        "seal",
+        "intent",
+        "done",
+        "failed",
+        "refused",
+        "override",
+        "resumed",
+        "check",
+        "evidence",
+        "clock",
+        "notified",
+        "released",
+        "adopted",
+        "erased",
+        "closed",
+    ]
 )
 
 SPEC = _aws.SPEC
@@ -58,7 +77,7 @@ def canonical(document: Any) -> bytes:
 
 
 def stamp(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def encode_host(host: str) -> str:
@@ -103,7 +122,9 @@ def digest_of(doc: dict[str, Any]) -> str:
 def advance(live: list[dict[str, Any]], seq: int, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """What is live for undo after one more entry: every intent that is not released, whatever became of it."""
     if kind == "intent":
-        item = {key: body[key] for key in ("control", "what", "reversible", "releases", "at") if body.get(key) is not None}
+        item = {
+            key: body[key] for key in ("control", "what", "reversible", "releases", "at") if body.get(key) is not None
+        }
         return [*live, {"seq": seq, "state": "open", **item}]
     if kind in ("done", "failed", "released"):
         gone = {body.get("of")} if kind == "released" else set()
@@ -188,7 +209,9 @@ class Stream:
             if locked or not self.busy() or (self.head and self.head.run == self.case.context.run_id):
                 return
             if self.case.context.clock() >= give_up:
-                raise Busy("case_store: another run keeps writing for this host; wait for it to end, or end it, and try again")
+                raise Busy(
+                    "case_store: another run keeps writing for this host; wait for it to end, or end it, and try again"
+                )
             self.case.context.sleep(0.2)
 
 
@@ -254,7 +277,9 @@ class Case:
     def check_open(self, stream: Stream) -> None:
         """Refuse an unknown incident and one under HALT; a stream with entries proves that the incident exists."""
         if stream.head is None and self.store.get(f"{self.id}/journal/{RUN}/00000001.json") is None:
-            raise Refused(f"incident_id: {self.id} is not in this case store; check firebreak_incident_id and case_store")
+            raise Refused(
+                f"incident_id: {self.id} is not in this case store; check firebreak_incident_id and case_store"
+            )
         self.check_halt()
 
     def check_halt(self) -> None:

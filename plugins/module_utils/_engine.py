@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 from . import _case, _guards
@@ -65,7 +64,11 @@ def spec_of(control: Any) -> dict[str, Any]:
 def own_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
     """What the user asked of this control, without secrets, connection and common options."""
     options = control.spec.get("argument_spec", {})
-    return {name: params.get(name) for name in sorted(options) if not options[name].get("no_log") and params.get(name) is not None}
+    return {
+        name: params.get(name)
+        for name in sorted(options)
+        if not options[name].get("no_log") and params.get(name) is not None
+    }
 
 
 def identity(control: Any, params: dict[str, Any]) -> str:
@@ -158,9 +161,13 @@ def decide(task: Task, client: Any) -> Plan:
     facts = task.control.read(client, task.params)
     plan = task.control.plan(task.params, facts)
     if task.control.plan(task.params, plan.after).changes:
-        raise FirebreakError(f"internal: the plan of {task.control.name} does not converge; nothing was changed", effect="none")
+        raise FirebreakError(
+            f"internal: the plan of {task.control.name} does not converge; nothing was changed", effect="none"
+        )
     if task.context.secrets.found_in([dataclasses.asdict(change) for change in plan.changes]):
-        raise FirebreakError(f"internal: a change of {task.control.name} holds a secret; nothing was changed", effect="none")
+        raise FirebreakError(
+            f"internal: a change of {task.control.name} holds a secret; nothing was changed", effect="none"
+        )
     return plan
 
 
@@ -212,14 +219,19 @@ def _unattended_rate(case: Case) -> None:
     places = [(name, int(entry.removesuffix(".json"))) for name, entries in case.streams().items() for entry in entries]
     recent = [entry for entry in case.fetch(places) if entry.kind == "intent" and float(entry.body["at"]) > since]
     if len(recent) >= UNATTENDED_AN_HOUR:
-        raise Refused(f"unattended: {UNATTENDED_AN_HOUR} changes in an hour without a person; a person goes on", guard="unattended")
+        raise Refused(
+            f"unattended: {UNATTENDED_AN_HOUR} changes in an hour without a person; a person goes on",
+            guard="unattended",
+        )
 
 
 def _approved(task: Task) -> None:
     case = task.case
     if case is None:
         return
-    places = [(_case.RUN, int(name.removesuffix(".json"))) for name in case.store.list(f"{case.id}/journal/{_case.RUN}")]
+    places = [
+        (_case.RUN, int(name.removesuffix(".json"))) for name in case.store.list(f"{case.id}/journal/{_case.RUN}")
+    ]
     for entry in case.fetch(places):
         approves = entry.body.get("approves") or []
         if entry.kind == "decision" and task.control.name in approves and entry.doc["actor"] != task.context.actor:
@@ -278,7 +290,7 @@ class Action:
         self.releases = releases
         self.outcomes: list[dict[str, Any]] = []
 
-    def run(self, select: Callable[[Plan], Plan] | None = None) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         task = self.task
         with contextlib.ExitStack() as stack:
             journal = Journal(task, stack)
@@ -301,7 +313,9 @@ class Action:
                             journal.stream.append("refused", body)
                     raise
             else:
-                raise FirebreakError("case_store: too many writers for this host at once; run the same command again", effect="none")
+                raise FirebreakError(
+                    "case_store: too many writers for this host at once; run the same command again", effect="none"
+                )
             return self._carry_out(journal, plan, of)
 
     def _needs_store(self, journal: Journal, plan: Plan) -> None:
@@ -346,7 +360,9 @@ class Action:
             "expires": task.params.get("expires"),
             "on_expiry": task.params.get("on_expiry"),
             "at": now,
-            "until": now + task.control.deadline if journal.lost or task.case is None else task.case.until(task.control.deadline),
+            "until": now + task.control.deadline
+            if journal.lost or task.case is None
+            else task.case.until(task.control.deadline),
         }
         if left is not None:
             body["continues"] = left.seq
@@ -367,11 +383,14 @@ class Action:
             outcome = self._verify(plan)
         except Exception as failure:
             facts = self._failure(failure)
-            self._outcome(journal, "failed", {"of": of, "why": facts["msg"], "outcomes": self.outcomes, "outcome": "failed"})
+            self._outcome(
+                journal, "failed", {"of": of, "why": facts["msg"], "outcomes": self.outcomes, "outcome": "failed"}
+            )
             error = Unproven if isinstance(failure, Unproven) else FirebreakError
             msg = facts.pop("msg")
             raise error(msg, **self._with_spool(journal, {**result_of(task, plan, "failed"), **facts})) from None
-        self._outcome(journal, "done", {"of": of, "outcome": outcome, "outcomes": self.outcomes})
+        made = {"manifests": task.context.evidence.digests()} if control.evidence else {}
+        self._outcome(journal, "done", {"of": of, "outcome": outcome, "outcomes": self.outcomes, **made})
         return self._with_spool(journal, {**result_of(task, plan, outcome), "outcomes": self.outcomes})
 
     def _one(self, number: int, change: Change) -> None:
@@ -416,7 +435,9 @@ class Action:
             "not done": [o for o in self.outcomes if o["outcome"] in ("not begun", "not done")],
         }
         told = "; ".join(
-            f"{name}: {', '.join(o['action'] + ' ' + o['target'] for o in members)}" for name, members in groups.items() if members
+            f"{name}: {', '.join(o['action'] + ' ' + o['target'] for o in members)}"
+            for name, members in groups.items()
+            if members
         )
         changed = bool(groups["done"] or groups["unconfirmed"])
         return {
@@ -430,15 +451,10 @@ class Action:
         """Record what became of it. Losing the race here means that somebody took over: their entries stand."""
         for _attempt in range(20):
             try:
-                journal.write("released" if self.releases is not None and kind == "done" else kind, {**body, **self._released(kind)})
+                journal.write(kind, body)
                 return
             except Moved:
                 journal.stream.load()
-
-    def _released(self, kind: str) -> dict[str, Any]:
-        if self.releases is None or kind != "done" or not self.releases.get("last"):
-            return {}
-        return {"released": [self.releases["seq"]]}
 
     def _with_spool(self, journal: Journal, result: dict[str, Any]) -> dict[str, Any]:
         if journal.lost:
@@ -520,14 +536,25 @@ def run_gate(gate: Any, params: dict[str, Any], context: Context) -> dict[str, A
             if held or now >= give_up:
                 break
             context.sleep(float(task.params.get("interval") or 1))
-    body = {"control": gate.name, "passed": held, "seconds": round(context.clock() - started, 3), "checks": seen["checks"]}
+    body = {
+        "control": gate.name,
+        "passed": held,
+        "seconds": round(context.clock() - started, 3),
+        "checks": seen["checks"],
+    }
     if not context.check_mode and task.case is not None:
         name = task.case.stream(task.host).name
         with contextlib.suppress(StoreUnavailable):
             task.case.record(name, "check", body)
-    result = {"changed": False, "incident_id": task.params.get("incident_id"), **{k: v for k, v in body.items() if k != "control"}}
+    result = {
+        "changed": False,
+        "incident_id": task.params.get("incident_id"),
+        **{k: v for k, v in body.items() if k != "control"},
+    }
     if not held:
-        failing = "; ".join(f"{check['name']}: {check.get('why') or 'failed'}" for check in seen["checks"] if not check["passed"])
+        failing = "; ".join(
+            f"{check['name']}: {check.get('why') or 'failed'}" for check in seen["checks"] if not check["passed"]
+        )
         raise FirebreakError(f"{gate.name} on {task.host}: {failing}", effect="none", **result)
     return result
 
@@ -536,4 +563,9 @@ def run_record(record: Any, params: dict[str, Any], context: Context) -> dict[st
     """A control whose entry in the journal is the change."""
     task = prepare(record, params, context)
     written = record.write(task.case, task.params, context)
-    return {"changed": False, "incident_id": task.params.get("incident_id"), "diff": {"before": {}, "after": {}}, **written}
+    return {
+        "changed": False,
+        "incident_id": task.params.get("incident_id"),
+        "diff": {"before": {}, "after": {}},
+        **written,
+    }

@@ -40,6 +40,11 @@ class Evidence:
         """The artefacts that this task makes or has made, for the option ``evidence`` of what destroys."""
         return [f"{self._host}/{self._round}/{name}" for name in self._asked]
 
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each finished manifest, so that the chain of entries covers the artefacts too."""
+        found = {name: self._stored(f"{self._host}/{self._round}/{name}") for name in self._asked}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if data is not None}
+
     def write(self, name: str, chunks: Iterable[bytes], manifest: dict[str, Any]) -> dict[str, Any]:
         """Stream an artefact into the case: SHA-256 and size in one pass, the manifest last."""
         if self._case is None:
@@ -94,11 +99,14 @@ class Evidence:
         return min(starts) if starts else None
 
     def _manifest(self, reference: str) -> dict[str, Any] | None:
+        data = self._stored(reference)
+        return None if data is None else json.loads(data)
+
+    def _stored(self, reference: str) -> bytes | None:
         host, turn, name = self._split(reference)
         if self._case is None or self._case.id == "INC-0000-0000-000":
             return None
-        data = self._case.store.get(f"{self._case.id}/evidence/{_case.encode_host(host)}/{turn}/{name}.json")
-        return None if data is None else json.loads(data)
+        return self._case.store.get(f"{self._case.id}/evidence/{_case.encode_host(host)}/{turn}/{name}.json")
 
     @staticmethod
     def _split(reference: str) -> tuple[str, int, str]:

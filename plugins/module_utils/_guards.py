@@ -28,11 +28,15 @@ def site(params: Mapping[str, Any], addresses: list[str], environment: Mapping[s
     """The lab never reaches production, and production never takes the lab's settings."""
     name = params.get("site")
     if not name:
-        raise Refused("site: every inventory sets firebreak_site (for example production, or lab on loopback)", guard="site")
+        raise Refused(
+            "site: every inventory sets firebreak_site (for example production, or lab on loopback)", guard="site"
+        )
     if name == "lab":
         for address in addresses:
             if not is_loopback(address):
-                raise Refused(f"site: lab talks to loopback only, but a service's address is {host_of(address)}", guard="site")
+                raise Refused(
+                    f"site: lab talks to loopback only, but a service's address is {host_of(address)}", guard="site"
+                )
     elif environment.get("FIREBREAK_LAB"):
         raise Refused(f"site: {name} refuses to run while FIREBREAK_LAB is set; unset it", guard="site")
     elif not params.get("owner"):
@@ -95,9 +99,14 @@ def protected(plan: Plan, protect: Mapping[str, Any] | None) -> None:
         for piece in [block, *_mapped(block)]:
             for one in kept:
                 if piece.version == one.version and piece.overlaps(one):
-                    raise Refused(f"protected: {block} covers {one}, which is protected; take it out of the list", guard="protected")
+                    raise Refused(
+                        f"protected: {block} covers {one}, which is protected; take it out of the list",
+                        guard="protected",
+                    )
     for kind in ("countries", "roles", "accounts", "tokens", "keys"):
-        both = sorted({_fold(kind, x) for x in plan.covers.get(kind, [])} & {_fold(kind, x) for x in protect.get(kind) or []})
+        both = sorted(
+            {_fold(kind, x) for x in plan.covers.get(kind, [])} & {_fold(kind, x) for x in protect.get(kind) or []}
+        )
         if both:
             raise Refused(f"protected: {kind} {', '.join(both)} may not be covered by a control", guard="protected")
 
@@ -119,7 +128,7 @@ def breadth(plan: Plan, glass: Mapping[str, str]) -> list[dict[str, str]]:
         if guard not in glass:
             raise Refused(
                 f"breadth: this needs break glass for {guard}; give "
-                f"-e '{{\"firebreak_break_glass\": [{{\"guard\": \"{guard}\", \"reason\": \"..\", \"date\": \"<today, UTC>\"}}]}}'",
+                f'-e \'{{"firebreak_break_glass": [{{"guard": "{guard}", "reason": "..", "date": "<today, UTC>"}}]}}\'',
                 guard="breadth",
             )
         overridden.append({"guard": guard, "reason": glass[guard]})
@@ -128,11 +137,14 @@ def breadth(plan: Plan, glass: Mapping[str, str]) -> list[dict[str, str]]:
 
 def break_glass(entries: list[Mapping[str, Any]] | None, now: float) -> dict[str, str]:
     """Today's overrides, by guard. One of another day is refused, so that none stays behind in a file."""
-    today = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).date().isoformat()
+    today = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
     result = {}
     for entry in entries or []:
         if str(entry.get("date")) != today:
-            raise Refused(f"break_glass: the date of {entry.get('guard')} is not today's ({today}, UTC); give it with -e", guard="breadth")
+            raise Refused(
+                f"break_glass: the date of {entry.get('guard')} is not today's ({today}, UTC); give it with -e",
+                guard="breadth",
+            )
         if not str(entry.get("reason") or "").strip():
             raise Refused(f"break_glass: {entry.get('guard')} has no reason", guard="breadth")
         result[str(entry["guard"])] = str(entry["reason"])

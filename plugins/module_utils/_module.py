@@ -34,7 +34,9 @@ def run_module(control: Any) -> None:
     module = AnsibleModule(**spec_of(control))
     params: dict[str, Any] = dict(module.params)
     if getattr(control, "needs_host", False):
-        module.fail_json(msg=f"{control.name} reaches the host over Ansible's connection: it runs in its action only, not with async")
+        module.fail_json(
+            msg=f"{control.name} reaches the host over Ansible's connection: it runs in its action only, not with async"
+        )
     context = Context(
         check_mode=module.check_mode,
         env=dict(os.environ),
@@ -53,4 +55,6 @@ def run_module(control: Any) -> None:
 
 def public_values(options: dict[str, Any], params: dict[str, Any]) -> list[str]:
     """Values of options that are no secret; a secret that equals one of them hides nothing."""
-    return [str(params[name]) for name in options if not options[name].get("no_log") and isinstance(params.get(name), str)]
+    return [
+        str(params[name]) for name in options if not options[name].get("no_log") and isinstance(params.get(name), str)
+    ]

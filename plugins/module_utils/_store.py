@@ -128,7 +128,9 @@ class FileStore:
                     break
                 except OSError as exc:
                     if exc.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise StoreUnavailable(f"case_store: locking failed ({errno.errorcode.get(exc.errno or 0)})") from None
+                        raise StoreUnavailable(
+                            f"case_store: locking failed ({errno.errorcode.get(exc.errno or 0)})"
+                        ) from None
                 if self._context.clock() >= until:
                     raise Busy(
                         f"case_store: another run has been writing for this host for {patience:.0f} s; "
@@ -195,7 +197,7 @@ class S3Store:
         return self._context.clock() + self._offset
 
     def list(self, prefix: str) -> list[str]:
-        below = self._key(prefix).rstrip("/") + "/"
+        below = self._folder(prefix)
         names = []
         for page in self._pages(Prefix=below, Delimiter="/"):
             names += [entry["Key"][len(below) :] for entry in page.get("Contents", [])]
@@ -203,7 +205,7 @@ class S3Store:
         return sorted(names)
 
     def walk(self, prefix: str) -> list[str]:
-        below = self._key(prefix).rstrip("/") + "/"
+        below = self._folder(prefix)
         start = len(self._key(""))
         return sorted(entry["Key"][start:] for page in self._pages(Prefix=below) for entry in page.get("Contents", []))
 
@@ -256,9 +258,11 @@ class S3Store:
         yield False
 
     def _key(self, key: str) -> str:
-        return "/".join(part for part in (self._place.prefix, key) if part) if key else (
-            f"{self._place.prefix}/" if self._place.prefix else ""
-        )
+        return f"{self._place.prefix}/{key}" if self._place.prefix else key
+
+    def _folder(self, prefix: str) -> str:
+        key = self._key(prefix)
+        return key if not key or key.endswith("/") else f"{key}/"
 
     def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:
         token: dict[str, str] = {}
@@ -306,16 +310,19 @@ def open_store(params: dict[str, Any], context: Context) -> Store:
             raise Refused(
                 "case_store: file:// would be lost with this job's disk; name an s3:// store in firebreak_case_store"
             )
-        opener = lambda: FileStore(urllib.parse.unquote(parts.path), context)  # noqa: E731
+        opener = lambda: FileStore(urllib.parse.unquote(parts.path), context)
     elif parts.scheme == "s3" and parts.netloc:
         place = _aws.S3Place.parse(str(uri))
-        opener = lambda: S3Store(place, params, context)  # noqa: E731
+        opener = lambda: S3Store(place, params, context)
     if opener is None:
-        raise Refused("case_store: give file:///absolute/folder or s3://bucket/prefix?region=..&lock_mode=..&retention_days=..")
+        raise Refused(
+            "case_store: give file:///absolute/folder or s3://bucket/prefix?region=..&lock_mode=..&retention_days=.."
+        )
     return opener()
 
 
 def _inside_throw_away_job() -> bool:
-    return bool(os.environ.get("JOB_ID") and os.environ.get("AWX_PRIVATE_DATA_DIR")) or "AWX_ISOLATED_DATA_DIR" in os.environ
-
-
+    return (
+        bool(os.environ.get("JOB_ID") and os.environ.get("AWX_PRIVATE_DATA_DIR"))
+        or "AWX_ISOLATED_DATA_DIR" in os.environ
+    )

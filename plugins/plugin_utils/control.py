@@ -55,7 +55,9 @@ class HostConnection:
         try:
             answer = self._action._low_level_execute_command(command, in_data=stdin, sudoable=True)
         except AnsibleConnectionFailure:
-            raise FirebreakError("the host cannot be reached over its connection; check ansible_host and the connection") from None
+            raise FirebreakError(
+                "the host cannot be reached over its connection; check ansible_host and the connection"
+            ) from None
         except AnsibleError as failure:
             raise FirebreakError(f"the host's connection failed ({type(failure).__name__})") from None
         return int(answer["rc"]), answer["stdout"].encode(), answer["stderr"].encode()
@@ -91,18 +93,20 @@ class ControlAction(ActionBase):
         given = json.loads(json.dumps(dict(self._task.args)))
         checked = ModuleArgumentSpecValidator(options, **spec).validate(given)
         params = {**given, **checked.validated_parameters}
-        hidden = set(checked._no_log_values) | _texts([given.get(name) for name in options if options[name].get("no_log")])
+        hidden = set(checked._no_log_values) | _texts(
+            [given.get(name) for name in options if options[name].get("no_log")]
+        )
         if checked.error_messages:
             msg = checked.errors.msg
             if checked.unsupported_parameters:
                 msg = f"Unsupported parameters for ({self._task.action}) module: {msg}"
             return {"failed": True, "msg": remove_values(msg, hidden)}
         params["host"] = params.get("host") or task_vars.get("inventory_hostname")
-        environment: dict[str, str] = dict(os.environ)
+        environment: dict[str, str] = {}
         self._compute_environment_string(environment)
         context = Context(
             check_mode=bool(self._task.check_mode),
-            env=environment,
+            env={**os.environ, **environment},
             secrets=Secrets(public=public_values(options, params)),
             actor=actor(),
             run_id=os.environ.get("FIREBREAK_RUN") or RUN_ID,
@@ -118,7 +122,9 @@ class ControlAction(ActionBase):
 
 def _masked(options: dict[str, Any], params: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
     shown = {
-        name: "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER" if options.get(name, {}).get("no_log") and value is not None else value
+        name: "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
+        if options.get(name, {}).get("no_log") and value is not None
+        else value
         for name, value in params.items()
     }
     return remove_values(shown, hidden)

@@ -1,0 +1,178 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""What became of an incident so far: for the last screen and for a release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._case import RUN, Case, Entry, spooled
+from ._incident import PHASES, TARGETS, state_of
+from ._verify import turn_of
+
+
+def status(case: Case, round_number: int) -> dict[str, Any]:
+    """Everything that the last screen and a release need."""
+    state = state_of(case)
+    streams = case.streams()
+    places = [
+        (name, int(file.removesuffix(".json"))) for name, files in streams.items() if name != RUN for file in files
+    ]
+    by_stream: dict[str, list[Entry]] = {}
+    for (name, _seq), entry in zip(places, case.fetch(places), strict=True):
+        by_stream.setdefault(name, []).append(entry)
+    result: dict[str, Any] = {
+        "incident": {
+            "id": case.id,
+            **{key: value for key, value in state.items() if key not in ("key", "seals", "phases")},
+        },
+        "phases": _phases(state, round_number),
+        "done": [],
+        "open": [],
+        "irreversible": [],
+        "overrides": [],
+        "turns": [],
+        "spooled": spooled(case),
+        "seal": state["seals"][-1] if state["seals"] else {},
+    }
+    turns: set[int] = set()
+    for name, entries in sorted(by_stream.items()):
+        host = name.removesuffix(".evidence")
+        _collect(result, host, entries)
+        for item in entries[-1].doc["live"]:
+            if item.get("reversible"):
+                turns.add(turn_of(state["seals"], name, item["seq"]))
+    result["turns"] = sorted(turns, reverse=True)
+    return result
+
+
+def _phases(state: dict[str, Any], round_number: int) -> list[dict[str, Any]]:
+    shown = []
+    for name in PHASES:
+        times = state["phases"].get(f"{round_number}/{name}", {})
+        if "begin" in times:
+            seconds = round(times["end"] - times["begin"], 3) if "end" in times else None
+            shown.append({"name": name, "seconds": seconds, "target_seconds": TARGETS[name]})
+    return shown
+
+
+def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
+    """Fold one stream: what was done, and the last word on everything that was not."""
+    intents = {entry.seq: entry.body for entry in entries if entry.kind == "intent"}
+    last: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        body = entry.body
+        if entry.kind == "intent":
+            last[body["what"]] = {
+                "host": host,
+                "control": body["control"],
+                "state": "unconfirmed",
+                "why": "no outcome was recorded",
+            }
+        elif entry.kind in ("done", "failed") and body.get("of") in intents:
+            intent = intents[body["of"]]
+            if entry.kind == "done":
+                last.pop(intent["what"], None)
+                if body.get("outcome") == "applied":
+                    last[intent["what"]] = {
+                        "host": host,
+                        "control": intent["control"],
+                        "state": "applied",
+                        "why": "not yet verified",
+                    }
+            else:
+                last[intent["what"]] = {
+                    "host": host,
+                    "control": intent["control"],
+                    "state": "failed",
+                    "why": body.get("why", ""),
+                }
+            if "releases" not in intent and (entry.kind == "done" or body.get("outcomes")):
+                _count(result, host, intent, body)
+        elif entry.kind == "failed":
+            last[f"role {body.get('role')}"] = {
+                "host": host,
+                "control": body.get("role"),
+                "state": "failed",
+                "why": body.get("why", ""),
+            }
+        elif entry.kind == "refused":
+            last[f"refused {body['control']}"] = {
+                "host": host,
+                "control": body["control"],
+                "state": "refused",
+                "why": body["why"],
+            }
+        elif entry.kind == "check":
+            last.pop(f"check {body['control']}", None)
+            if not body["passed"]:
+                failing = ", ".join(check["name"] for check in body["checks"] if not check["passed"])
+                last[f"check {body['control']}"] = {
+                    "host": host,
+                    "control": body["control"],
+                    "state": "failed",
+                    "why": failing,
+                }
+        elif entry.kind == "note" and "recovered" in body:
+            last.pop(f"role {body['recovered']}", None)
+        elif entry.kind == "override":
+            result["overrides"].append({"host": host, **body})
+        if entry.kind == "done" and body.get("of") in intents:
+            last.pop(f"refused {intents[body['of']]['control']}", None)
+    result["open"] += list(last.values())
+
+
+def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict[str, Any]) -> None:
+    outcomes = body.get("outcomes") or [{"outcome": "applied"} for _change in intent["changes"]]
+    for change, outcome in zip(intent["changes"], outcomes, strict=True):
+        if outcome["outcome"] not in ("applied", "proved"):
+            continue
+        line = {"host": host, "control": intent["control"], "action": change["action"], "target": change["target"]}
+        result["done"].append(line)
+        if change["irreversible"]:
+            result["irreversible"].append({**line, "why": change["irreversible"]})
+
+
+def screen(seen: dict[str, Any]) -> list[str]:
+    """The last screen: what was done, how fast, what is open, and how to undo it."""
+    incident = seen["incident"]
+    lines = [
+        "",
+        f"{incident['id']}  {incident['severity']} = {incident['priority']} = {incident['alert']}  {incident['title']}",
+        f"type {incident['type']}, status {incident['status']}, owner {incident.get('owner') or '-'}, opened {incident['created'][:19]}Z",
+    ]
+    if seen["spooled"]:
+        lines += [
+            "",
+            f"NOT SAFE: the case store was lost; entries of {', '.join(seen['spooled'])} are on this machine only.",
+        ]
+    lines += ["", "phase         seconds   target"]
+    for phase in seen["phases"]:
+        seconds = "running" if phase["seconds"] is None else f"{phase['seconds']:.1f}"
+        late = "  LATE" if phase["seconds"] is not None and phase["seconds"] > phase["target_seconds"] else ""
+        lines.append(f"  {phase['name']:<12}{seconds:>7}{phase['target_seconds']:>9}{late}")
+    for title, key, text in (
+        ("done", "done", lambda one: f"{one['action']} {one['target']}"),
+        ("cannot be undone", "irreversible", lambda one: f"{one['action']} {one['target']}: {one['why']}"),
+        ("overridden guards", "overrides", lambda one: f"{one['control']}: {one['guard']}, {one['reason']}"),
+        ("NOT CONTAINED, still open", "open", lambda one: f"{one['control']} {one['state']}: {one['why']}"),
+    ):
+        if seen[key]:
+            lines += ["", f"{title}:"] + [f"  {one['host']:<8} {text(one)}" for one in seen[key]]
+    lines += [
+        "",
+        "everything is contained."
+        if not seen["open"]
+        else f"{len(seen['open'])} not contained: run the same command again.",
+    ]
+    lines += [
+        f"undo:   ansible-playbook -i <inventory> firebreak.incident.release -e firebreak_incident_id={incident['id']}"
+    ]
+    if seen["seal"]:
+        lines.append(
+            f"verify: ansible-playbook -i <inventory> firebreak.incident.verify_case -e firebreak_incident_id={incident['id']} "
+            f"-e firebreak_expect={seen['seal']['digest']}"
+        )
+    return [*lines, ""]
