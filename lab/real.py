@@ -237,7 +237,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _end)
     left_out = make()
     if left_out:
-        say(f"Not here: {', '.join(left_out)}. Everything works without it, on doubles; REAL={','.join(left_out)} does not.")
+        say(
+            f"Not here: {', '.join(left_out)}. Everything works without it, on doubles; REAL={','.join(left_out)} does not."
+        )
     return 0
 
 

@@ -40,7 +40,10 @@ class Trees:
 
 def environment(**more: str) -> dict[str, str]:
     """The tools of this environment first; a version manager's shims shadow real interpreters and may not run."""
-    path = [str(BIN), *(part for part in os.environ["PATH"].split(os.pathsep) if not part.rstrip("/").endswith("/shims"))]
+    path = [
+        str(BIN),
+        *(part for part in os.environ["PATH"].split(os.pathsep) if not part.rstrip("/").endswith("/shims")),
+    ]
     return {**os.environ, "PATH": os.pathsep.join(path), "NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1", **more}
 
 
@@ -75,9 +78,19 @@ def ruff_format(_trees: Trees) -> tuple[bool, str]:
 
 
 def mypy(trees: Trees) -> tuple[bool, str]:
-    packages = [f"{COLLECTION.replace('/', '.')}.plugins.{name}" for name in TYPED if list((CHECKOUT / "plugins" / name).glob("*.py"))]
+    packages = [
+        f"{COLLECTION.replace('/', '.')}.plugins.{name}"
+        for name in TYPED
+        if list((CHECKOUT / "plugins" / name).glob("*.py"))
+    ]
     options = ["--config-file", str(CHECKOUT / "pyproject.toml"), "--cache-dir", str(CHECKOUT / ".mypy_cache")]
-    return run("mypy", *options, *(part for name in packages for part in ("-p", name)), cwd=trees.root, MYPYPATH=str(trees.root))
+    return run(
+        "mypy",
+        *options,
+        *(part for name in packages for part in ("-p", name)),
+        cwd=trees.root,
+        MYPYPATH=str(trees.root),
+    )
 
 
 def ansible_lint(_trees: Trees) -> tuple[bool, str]:
@@ -106,7 +119,14 @@ def sanity(trees: Trees) -> tuple[bool, str]:
 
 def docs(trees: Trees) -> tuple[bool, str]:
     options = ["--plugin-docs", "--validate-collection-refs=self", "--disallow-unknown-collection-refs"]
-    return run("antsibull-docs", "lint-collection-docs", *options, ".", cwd=trees.copy, ANSIBLE_COLLECTIONS_PATH=str(trees.root))
+    return run(
+        "antsibull-docs",
+        "lint-collection-docs",
+        *options,
+        ".",
+        cwd=trees.copy,
+        ANSIBLE_COLLECTIONS_PATH=str(trees.root),
+    )
 
 
 def importer(trees: Trees) -> tuple[bool, str]:
@@ -117,7 +137,9 @@ def importer(trees: Trees) -> tuple[bool, str]:
         return False, output
     tarball = next(dist.glob("*.tar.gz"))
     config = str(CHECKOUT / "galaxy-importer.cfg")
-    good, output = run(sys.executable, "-m", "galaxy_importer.main", str(tarball), cwd=dist, GALAXY_IMPORTER_CONFIG=config)
+    good, output = run(
+        sys.executable, "-m", "galaxy_importer.main", str(tarball), cwd=dist, GALAXY_IMPORTER_CONFIG=config
+    )
     warned = [line for line in output.splitlines() if "WARNING" in line or "ERROR" in line]
     return good and not warned, "\n".join(warned) or output
 

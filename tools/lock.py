@@ -36,7 +36,9 @@ def pins(name: str) -> str:
 
 
 def pip_compile(python_version: str, folder: Path) -> str:
-    found = subprocess.run(["sh", str(HERE / "find-python"), python_version], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["sh", str(HERE / "find-python"), python_version], capture_output=True, text=True, check=False
+    )
     if found.returncode:
         raise SystemExit(f"make lock needs Python {python_version}: {found.stderr.strip()}")
     venv = folder / python_version
