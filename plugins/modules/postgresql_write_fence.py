@@ -134,7 +134,7 @@ SPEC: dict[str, Any] = {
 def read(client: _postgresql.Client, params: dict[str, Any]) -> Facts:
     client.require_version(17, "a write fence")
     return {
-        "setting": {"configured": client.configured(SETTING), "loaded": client.loaded(SETTING, "off")},
+        "setting": {"configured": client.configured(SETTING), "loaded": client.loaded(SETTING)},
         "mark": client.configured(MARK),
         "estimate": client.writers(SETTING),
     }
@@ -156,10 +156,10 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
             Change("enable" if value == "on" else "disable", f"{SETTING} of the server", ("setting",), undo,
                    data={"parameter": SETTING, "value": value})
         )  # fmt: skip
+    if params["state"] == "enabled" and after != before:
+        # Its element is the mark, which is written when no such session is left.
+        changes.append(Change("terminate", "client sessions begun before the fence", ("mark",), undo))
     if after["mark"] != mark:
-        if params["state"] == "enabled":
-            # Its element is the mark, which is written when no such session is left.
-            changes.append(Change("terminate", "client sessions begun before the fence", ("mark",), undo))
         changes.append(
             Change("create" if new_mark else "delete", f"mark {new_mark or mark}", ("mark",), undo,
                    data={"parameter": MARK, "value": new_mark})

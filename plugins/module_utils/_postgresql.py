@@ -1,0 +1,345 @@
+# Copyright: The firebreak.incident contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change in any release.
+"""PostgreSQL through psycopg 3. The only file that knows psycopg."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ._control import Context
+from ._deps import require
+from ._errors import FirebreakError, Refused
+from ._redact import Held
+
+SPEC: dict[str, Any] = {
+    "postgresql_host": {"type": "str", "required": True},
+    "postgresql_port": {"type": "int", "default": 5432},
+    "postgresql_user": {"type": "str", "required": True},
+    "postgresql_password": {"type": "str", "no_log": True},
+    "postgresql_database": {"type": "str", "default": "postgres"},
+    "postgresql_sslmode": {
+        "type": "str",
+        "choices": ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"],
+        "default": "prefer",
+    },
+    "postgresql_ca_cert": {"type": "str"},
+}
+CONNECT_SECONDS = 5
+STATEMENT_SECONDS = 20
+# How long ended sessions, and a reloaded configuration, may take to show.
+PATIENCE = 10.0
+# libpq takes ~/.pgpass and a client certificate from the home directory unless told of files; these cannot exist.
+NO_FILE = os.path.join(os.devnull, "none")
+SESSION = {
+    # A thief who may alter the role must not put functions of his own in front of the server's.
+    "search_path": "pg_catalog",
+    # Rows hidden by a policy are an error, never a shorter answer.
+    "row_security": "off",
+    # A lost synchronous standby must not hold up containment.
+    "synchronous_commit": "local",
+    "lock_timeout": "5s",
+    "TimeZone": "UTC",
+    "DateStyle": "ISO",
+}
+REASONS = {
+    "08": ("the connection was lost", "unknown"),
+    "08001": ("nothing answers there, or not in the way that postgresql_sslmode asks for", "none"),
+    "22": ("a value does not fit its column", "none"),
+    "25006": ("the server is read only: a standby, or fenced", "none"),
+    "28": ("the server refuses postgresql_user or postgresql_password", "none"),
+    "3D000": ("postgresql_database does not exist on this server", "none"),
+    "40": ("a standby cancelled it to keep up with its primary; run it again", "none"),
+    "42501": ("the role of postgresql_user lacks the privilege, or a row policy hides rows from it", "none"),
+    "42": ("a name does not exist there, or does not fit its type", "none"),
+    "53": ("the server is out of connections, memory or disk", "none"),
+    "55P03": ("another session holds a lock on it", "none"),
+    "57014": ("it took longer than allowed", "none"),
+    "57P": ("the server ended our session", "unknown"),
+}
+# Refusals before a session exists carry no SQLSTATE through libpq: these words are the server's and libpq's own.
+REFUSALS = {
+    "authentication failed": "28",
+    "no password supplied": "28",
+    "does not exist": "3D000",
+    "is not permitted to log in": "28",
+    "pg_hba.conf": "28",
+    "too many": "53",
+}
+# Sessions that a fence ends: not replication, not this collection's, and no idle one of the responder's own role.
+OTHERS = """
+    a.backend_type = 'client backend' AND a.pid <> pg_backend_pid() AND NOT coalesce(
+      a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = session_user)
+      AND (starts_with(a.application_name, 'firebreak ') OR a.xact_start IS NULL), false)
+"""
+psycopg: Any = None
+
+
+def preload() -> None:
+    """Import psycopg, once."""
+    global psycopg
+    psycopg = require("psycopg", "psycopg", "3.2")
+
+
+def addresses(params: dict[str, Any]) -> list[str]:
+    """libpq takes a list of hosts; each of them counts."""
+    return str(params["postgresql_host"]).split(",")
+
+
+def connect(params: dict[str, Any], context: Context) -> Client:
+    preload()
+    return Client(params, context)
+
+
+@contextlib.contextmanager
+def _no_environment() -> Iterator[None]:
+    """libpq lets PGHOSTADDR, PGOPTIONS, PGSERVICE and thirty others redirect or extend what was given explicitly."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PG")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+class Client:
+    """One session, with autocommit."""
+
+    def __init__(self, params: dict[str, Any], context: Context) -> None:
+        self.held = Held()
+        self._params = params
+        self._context = context
+        self._lifted = False
+        self._cutoff: Any = None
+        self._connection: Any = None
+        with self._errors("connect (postgresql_host, postgresql_port)", CONNECT_SECONDS):
+            self._connection = self._connect()
+
+    def _connect(self) -> Any:
+        params = self._params
+        settings = {**SESSION, "statement_timeout": f"{STATEMENT_SECONDS}s"}
+        password = params["postgresql_password"] or self._context.env.get("PGPASSWORD")
+        authority = {"sslrootcert": params["postgresql_ca_cert"]} if params.get("postgresql_ca_cert") else {}
+        with _no_environment():
+            return psycopg.connect(
+                host=params["postgresql_host"],
+                port=params["postgresql_port"],
+                user=params["postgresql_user"],
+                password=self._context.secret(password),
+                dbname=params["postgresql_database"],
+                sslmode=params["postgresql_sslmode"],
+                sslcert=NO_FILE,
+                passfile=NO_FILE,
+                gssencmode="disable",
+                connect_timeout=CONNECT_SECONDS,
+                client_encoding="utf8",
+                application_name=f"firebreak {self._context.correlation}",
+                options=" ".join(f"-c {name}={value}" for name, value in settings.items()),
+                autocommit=True,
+                row_factory=psycopg.rows.dict_row,
+                **authority,
+            )
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[Client]:
+        """A new session, as any client would get it."""
+        fresh = Client(self._params, self._context)
+        try:
+            yield fresh
+        finally:
+            fresh.close()
+
+    # --- statements
+
+    def rows(self, action: str, statement: Any, values: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        with self._errors(action, STATEMENT_SECONDS):
+            return list(self._connection.execute(statement, values).fetchall())
+
+    def run(self, action: str, statement: Any, seconds: float = STATEMENT_SECONDS) -> None:
+        """A statement without an answer."""
+        with self._errors(action, seconds):
+            self._connection.execute(statement)
+
+    def write(self, action: str, statement: Any) -> None:
+        """The same, also on a fenced server: the fence is lifted for this session alone."""
+        if not self._lifted:
+            self.run(action, "SET default_transaction_read_only = off")
+            self._lifted = True
+        self.run(action, statement)
+
+    def copy(self, action: str, statement: Any, seconds: float) -> Iterator[bytes]:
+        """What COPY ... TO STDOUT sends, a row at a time."""
+        with self._errors(action, seconds), self._connection.cursor().copy(statement) as lines:
+            for line in lines:
+                yield bytes(line)
+
+    @contextlib.contextmanager
+    def _errors(self, action: str, seconds: float) -> Iterator[None]:
+        """Our own words for what goes wrong: DETAIL and even the first line can hold rows. A server that hangs is cut off."""
+        watch = threading.Timer(seconds + CONNECT_SECONDS, self._cut)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        except psycopg.Error as failure:
+            state = failure.sqlstate or self._guess(failure)
+            key = next((k for k in (state, state[:3], state[:2]) if k in REASONS), "")
+            reason, effect = REASONS.get(key, ("the server refuses it", "none"))
+            shown = f" (SQLSTATE {state})" if failure.sqlstate else ""
+            if self._connection is None:
+                effect = "none"
+            raise ServerError(f"PostgreSQL: cannot {action}: {reason}{shown}", effect=effect, state=state) from None
+        finally:
+            watch.cancel()
+
+    def _guess(self, failure: Exception) -> str:
+        """The class of a failure that carries no SQLSTATE."""
+        if not isinstance(failure, (psycopg.OperationalError, psycopg.InterfaceError)):
+            return "22"
+        if self._connection is not None:
+            return "08006"
+        text = str(failure)
+        return next((state for words, state in REFUSALS.items() if words in text), "08001")
+
+    def _cut(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
+    # --- the server's configuration
+
+    def require_version(self, major: int, what: str) -> None:
+        if self._connection.info.server_version < major * 10000:
+            raise Refused(f"postgresql_host: {what} needs PostgreSQL {major} or newer")
+
+    def configured(self, parameter: str) -> str | None:
+        """The value that ALTER SYSTEM left, exactly as it is written."""
+        found = self.rows(
+            "read the server's configuration",
+            """SELECT setting FROM pg_file_settings WHERE name = %s
+               AND sourcefile = current_setting('data_directory') || '/postgresql.auto.conf' ORDER BY seqno DESC LIMIT 1""",
+            [parameter],
+        )
+        return found[0]["setting"] if found else None
+
+    def loaded(self, parameter: str) -> bool:
+        """Whether the running server uses what its files say of a boolean. Where the role or the database has a value of
+        its own, a session cannot see it."""
+        found = self.rows(
+            "read the server's configuration",
+            """SELECT source NOT IN ('default', 'configuration file') OR setting::bool = coalesce(
+                 (SELECT setting::bool FROM pg_file_settings WHERE name = s.name ORDER BY seqno DESC LIMIT 1),
+                 boot_val::bool) AS loaded FROM pg_settings s WHERE name = %s""",
+            [parameter],
+        )
+        return bool(found[0]["loaded"])
+
+    def alter_system(self, parameter: str, value: str | None) -> None:
+        """Set or reset a parameter for the whole server. Both work on a read-only one."""
+        name = psycopg.sql.Identifier(*parameter.split("."))
+        if value is None:
+            statement = psycopg.sql.SQL("ALTER SYSTEM RESET {}").format(name)
+        else:
+            statement = psycopg.sql.SQL("ALTER SYSTEM SET {} = {}").format(name, psycopg.sql.Literal(value))
+        self.run(f"change {parameter}", statement)
+        self.reload()
+
+    def reload(self) -> None:
+        """Reload the configuration, and wait until new sessions have it."""
+        asked = self.now()
+        self.rows("reload the configuration", "SELECT pg_reload_conf()")
+        for _attempt in self._until():
+            with self.another() as fresh:
+                if fresh.rows("see the reload", "SELECT WHERE pg_conf_load_time() >= %s", [asked]):
+                    return
+        raise FirebreakError(
+            "PostgreSQL: the server does not reload its configuration; look for an error in its configuration files"
+        )
+
+    def now(self) -> Any:
+        """The server's clock."""
+        return self.rows("read the clock", "SELECT clock_timestamp() AS now")[0]["now"]
+
+    def _until(self) -> Iterator[None]:
+        """Attempts, for as long as is worth waiting."""
+        give_up = self._context.clock() + PATIENCE
+        while self._context.clock() < give_up:
+            yield
+            self._context.sleep(0.01)
+
+    # --- writing sessions
+
+    def writers(self, parameter: str) -> dict[str, Any]:
+        """What a fence meets: the sessions it ends, and as far as visible what could still write under it."""
+        counts = self.rows(
+            "read the sessions",
+            f"""SELECT (SELECT count(*) FROM pg_stat_activity a WHERE {OTHERS}) AS sessions,
+                       (SELECT count(*) FROM pg_prepared_xacts) AS prepared_transactions""",
+        )[0]
+        writing = self.rows(
+            "read the sessions",
+            """SELECT pid, usename AS role, datname AS database FROM pg_stat_activity a
+               WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() ORDER BY pid LIMIT 20""",
+        )
+        lifted = self.rows(
+            "read the roles' settings",
+            """SELECT rolname AS role, datname AS database FROM pg_db_role_setting
+               LEFT JOIN pg_roles r ON r.oid = setrole LEFT JOIN pg_database d ON d.oid = setdatabase
+               WHERE EXISTS (SELECT FROM unnest(setconfig) c WHERE split_part(c, '=', 1) = %s
+                             AND NOT split_part(c, '=', 2)::bool) ORDER BY 1, 2""",
+            [parameter],
+        )
+        return {**counts, "writing": writing, "lifted_for": lifted}
+
+    def end_sessions_before_now(self) -> None:
+        """End the sessions that began before this moment, which a fence does not reach."""
+        self.reload()
+        self._cutoff = self.now()
+        self.end_sessions(f"{OTHERS} AND a.backend_start < %s", [self._cutoff])
+
+    def sessions_before(self) -> int:
+        """How many are left of those that ``end_sessions_before_now`` was to end."""
+        counted = self.rows(
+            "read the sessions",
+            f"SELECT count(*) AS left FROM pg_stat_activity a WHERE {OTHERS} AND a.backend_start < %s",
+            [self._cutoff],
+        )
+        return int(counted[0]["left"])
+
+    def end_sessions(self, which: str, values: Sequence[Any]) -> None:
+        """Signal them all at once, until none is left: waiting for one after the other takes 100 ms each."""
+        for _attempt in self._until():
+            if not self.rows(
+                "end sessions", f"SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a WHERE {which}", values
+            ):
+                return
+        raise FirebreakError("PostgreSQL: some sessions did not end; run the same command again")
+
+    def write_is_refused(self) -> bool:
+        """Whether a new session cannot write. What the attempt makes would vanish with its transaction."""
+        with self.another() as fresh:
+            fresh.run("begin a transaction", "BEGIN")
+            try:
+                fresh.run("try a write", "CREATE TEMPORARY TABLE firebreak_probe () ON COMMIT DROP")
+            except ServerError as failure:
+                return failure.state == "25006"
+            fresh.run("take the attempt back", "ROLLBACK")
+            return False
+
+
+class ServerError(FirebreakError):
+    """What the server answered; ``state`` is its SQLSTATE."""
+
+    def __init__(self, msg: str, effect: str, state: str) -> None:
+        super().__init__(msg, effect=effect, sqlstate=state)
+        self.state = state
+
