@@ -12,7 +12,7 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lab.doubles.vault_acl import ACL, DEFAULT_POLICY, BadPolicy, Rules, parse
@@ -31,7 +31,7 @@ SUDO = re.compile(
 )
 OPEN = re.compile(r"sys/(health|seal-status|leader|init)$")
 # These repeat the keys of `data` at the top of their answer.
-REPEATED = re.compile(r"sys/(audit|auth|mounts|policy|capabilities|capabilities-self|capabilities-accessor|audit-hash/.*)$")
+REPEATED = re.compile(r"sys/(audit|auth|mounts|policy|policy/.*|capabilities|capabilities-self|capabilities-accessor|audit-hash/.*)$")
 
 
 class Engine(Protocol):
@@ -49,6 +49,7 @@ class Mount:
     accessor: str
     options: dict[str, str] | None = None
     description: str = ""
+    uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 
 class Core:
@@ -68,8 +69,8 @@ class Core:
         }
         self.mounts: dict[str, Mount] = {
             "sys/": self._mount(System(self), "system"),
-            "auth/token/": self._mount(self.tokens, "token"),
-            "secret/": self._mount(KeyValue(self.clock), "kv", {"version": "2"}),
+            "auth/token/": self._mount(self.tokens, "token", description="token based credentials"),
+            "secret/": self._mount(KeyValue(self.clock), "kv", {"version": "2"}, "key/value secret storage"),
         }
 
     @staticmethod

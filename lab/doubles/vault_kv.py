@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from lab.doubles.vault_wire import Answer, Call, Clock, Refused, duration, go_duration, rfc3339
@@ -16,6 +17,7 @@ INVALID_PATH = (
     "Invalid path for a versioned K/V secrets engine. See the API docs for the appropriate API endpoints to use. "
     "If using the Vault CLI, use 'vault kv {}' for this operation."
 )
+GO_NAMES = {str: "string", bool: "bool", int: "string", float: "string"}
 CUSTOM = "custom_metadata validation failed"
 
 
@@ -233,13 +235,15 @@ class KeyValue:
             key.updated_by = call.attribution() | {"operation": "undelete"}
 
     def destroy_versions(self, call: Call, name: str) -> None:
-        for version in self._named_versions(call, name)[1]:
+        for version in self._named_versions(call, name, "no version number provided")[1]:
             version.destroyed, version.data = True, None
 
-    def _named_versions(self, call: Call, name: str) -> tuple[Key | None, list[Version]]:
+    def _named_versions(
+        self, call: Call, name: str, none: str = "No version number provided"
+    ) -> tuple[Key | None, list[Version]]:
         numbers = _integers(call.data.get("versions"))
         if not numbers:
-            raise Refused(400, "No version number provided")
+            raise Refused(400, none)
         key = self.keys.get(name)
         return key, [key.versions[number] for number in numbers if number in key.versions] if key else []
 
@@ -337,19 +341,19 @@ def _without_values(data: Any, depth: int, level: int = 1) -> Any:
 
 
 def _number(text: str) -> int | float:
-    """A number as the server gives it back: it passes through a 64-bit float."""
+    """A number as the server gives it back: it passes through a 64-bit float, whose shortest digits are shown."""
     value = float(text)
-    return int(value) if value.is_integer() and abs(value) < 1e21 else value
+    return int(Decimal(repr(value))) if value.is_integer() and abs(value) < 1e21 else value
 
 
 def _invalid(name: str, why: str) -> Refused:
-    return Refused(400, f'Field validation failed: error converting input for field "{name}": {why}')
+    return Refused(400, f'error converting input for field "{name}": {why}')
 
 
 def _map(data: dict[str, Any], name: str) -> dict[str, Any] | None:
     value = data.get(name)
     if value is not None and not isinstance(value, dict):
-        raise _invalid(name, "expected a map")
+        raise _invalid(name, f"'' expected a map, got '{GO_NAMES.get(type(value), 'slice')}'")
     return value
 
 
@@ -400,7 +404,7 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
 def _custom(given: dict[str, Any]) -> dict[str, str]:
     """Custom metadata as the server stores it: short printable strings, and few of them."""
     if len(given) > 64:
-        raise Refused(400, f"{CUSTOM}: payload must contain at most 64 keys, provided {len(given)}")
+        raise _listed([f"{CUSTOM}: payload must contain at most 64 keys, provided {len(given)}"])
     errors, custom = [], {}
     for key, raw in given.items():
         if isinstance(raw, (dict, list)):
@@ -419,7 +423,10 @@ def _custom(given: dict[str, Any]) -> dict[str, str]:
         if not custom[key].isprintable():
             errors.append(f'{CUSTOM}: value for key "{key}" contains unprintable characters')
     if errors:
-        listed = "\n\t* ".join(errors)
-        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise Refused(400, f"{count} occurred:\n\t* {listed}\n\n")
+        raise _listed(errors)
     return custom
+
+
+def _listed(errors: list[str]) -> Refused:
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    return Refused(400, f"{count} occurred:\n\t* " + "\n\t* ".join(errors) + "\n\n")

@@ -83,11 +83,10 @@ class System:
                 "n": 1,
                 "progress": 0,
                 "nonce": "",
-                "build_date": "",
+                "build_date": "2026-01-07T00:00:00Z",
                 "migration": False,
                 "recovery_seal": False,
                 "storage_type": "inmem",
-                "removed_from_cluster": None,
             }
         code = str(query.get("activecode", "200"))
         if not code.isdigit():
@@ -103,7 +102,6 @@ class System:
             "echo_duration_ms": 0,
             "clock_skew_ms": 0,
             "replication_primary_canary_age_ms": 0,
-            "removed_from_cluster": None,
         }
 
     # --- mounts
@@ -113,7 +111,10 @@ class System:
         return Answer(shown)
 
     def auth(self, call: Call) -> Answer:
-        return Answer({"token/": _mount(self.core.mounts["auth/token/"])})
+        shown = _mount(self.core.mounts["auth/token/"])
+        shown["config"]["token_type"] = "default-service"
+        del shown["deprecation_status"]
+        return Answer({"token/": shown})
 
     def mount(self, call: Call, name: str) -> Answer:
         mount = self.core.mounts.get(_slashed(name))
@@ -161,8 +162,10 @@ class System:
         return Answer(warnings=[f"policy name was converted to {name.lower()}"]) if name != name.lower() else None
 
     def delete_policy(self, call: Call, kind: str, name: str) -> None:
-        if name.lower() in ("root", "default"):
-            raise Refused(400, f'cannot delete "{name.lower()}" policy')
+        if name.lower() == "default":
+            raise Refused(400, "cannot delete default policy")
+        if name.lower() == "root":
+            raise Refused(400, 'cannot delete "root" policy')
         self.core.policies.pop(name.lower(), None)
 
     def capabilities(self, call: Call) -> Answer:
@@ -200,11 +203,11 @@ class System:
         path, kind = _slashed(name), call.data.get("type")
         options = {str(key): str(value) for key, value in (call.data.get("options") or {}).items()}
         if path in self.core.audit:
-            raise Refused(400, "path already in use")
+            raise Refused(400, "path already in use: invalid configuration")
         if kind != "file":
             raise Refused(400, f'unknown backend type: "{kind}": backend type not found')
         if not options.get("file_path"):
-            raise Refused(400, "file_path is required: invalid configuration")
+            raise Refused(400, 'unable to create new audit backend: "file_path" is required: invalid configuration')
         device = Device(kind, options, str(call.data.get("description") or ""), secrets.token_bytes(32))
         try:
             device.write({"time": "", "type": "request", "request": {"id": call.id, "path": call.full_path}})
@@ -221,7 +224,7 @@ class System:
             raise Refused(400, "the 'input' parameter is empty")
         device = self.core.audit.get(_slashed(name))
         if not device:
-            raise Refused(400, f'unknown audit backend: "{_slashed(name)}"')
+            raise Refused(400, f'unknown audit backend "{_slashed(name)}"')
         return Answer({"hash": device.hash(str(value))})
 
 
@@ -243,5 +246,5 @@ def _mount(mount: Mount) -> dict[str, Any]:
         "running_sha256": "",
         "seal_wrap": False,
         "type": mount.type,
-        "uuid": mount.accessor,
+        "uuid": mount.uuid,
     }

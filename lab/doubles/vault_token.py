@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab.doubles.vault_acl import ACL
-from lab.doubles.vault_wire import DENIED, SECOND, Answer, Call, Clock, Refused, duration, rfc3339
+from lab.doubles.vault_wire import DENIED, SECOND, Answer, Call, Clock, Refused, duration, go_duration, rfc3339
 
 LONGEST = 768 * 3600
+SPENT = -1  # how the server shows a token in its last use
 LETTERS = string.ascii_letters + string.digits
 
 
@@ -56,7 +57,8 @@ class Tokens:
         self.acl = acl
         self.policy_exists: Callable[[str], bool] = lambda name: True
         self.by_id: dict[str, Token] = {}
-        self._keep(Token(root, _random(24), ["root"], "auth/token/root", clock.now(), display_name="root"))
+        # A dev server makes it from the token of its init, which it then revokes.
+        self._keep(Token(root, _random(24), ["root"], "auth/token/create", clock.now()))
 
     # --- the store
 
@@ -76,8 +78,8 @@ class Tokens:
         """Count one use; True if it was the last one, so that the token ends with this request."""
         if not token.num_uses:
             return False
-        token.num_uses -= 1
-        return not token.num_uses
+        token.num_uses = token.num_uses - 1 or SPENT
+        return token.num_uses == SPENT
 
     def revoke(self, token: Token) -> None:
         """The token and all its descendants."""
@@ -230,14 +232,14 @@ class Tokens:
         if parent.num_uses:
             raise Refused(400, "restricted use token cannot generate child tokens")
         sudo = self.acl(parent).sudo(call.full_path)
-        token = self._new(call, sudo)
+        token, warnings = self._new(call, sudo)
         if not token.ttl and parent.ttl:
             raise Refused(400, "expiring root tokens cannot create non-expiring root tokens")
         self._keep(token)
-        missing = [f'Policy "{name}" does not exist' for name in token.policies if not self.policy_exists(name)]
-        return Answer(auth=self._auth(token), warnings=missing or None)
+        warnings += [f'Policy "{name}" does not exist' for name in token.policies if not self.policy_exists(name)]
+        return Answer(auth=self._auth(token), warnings=warnings or None)
 
-    def _new(self, call: Call, sudo: bool) -> Token:
+    def _new(self, call: Call, sudo: bool) -> tuple[Token, list[str]]:
         kind = call.data.get("type") or "service"
         if kind not in ("service", "batch"):
             raise Refused(400, "invalid 'token_type' value")
@@ -266,17 +268,23 @@ class Tokens:
             raise Refused(400, "root tokens may not be created without parent token being root")
         if token.root and kind == "batch":
             raise Refused(400, "batch tokens cannot be root tokens")
-        token.ttl = self._ttl(token, _seconds(call, "ttl"))
+        token.ttl, warnings = self._ttl(token, _seconds(call, "ttl"))
         token.renewable = bool(token.ttl) and kind == "service" and call.data.get("renewable", True) is not False
-        return token
+        return token, warnings
 
     @staticmethod
-    def _ttl(token: Token, asked: int) -> int:
-        if token.period:
-            ttl = token.period
-        else:
-            ttl = min(asked, LONGEST) or (0 if token.root else LONGEST)
-        return min(ttl or token.explicit_max_ttl, token.explicit_max_ttl) if token.explicit_max_ttl else ttl
+    def _ttl(token: Token, asked: int) -> tuple[int, list[str]]:
+        """The seconds that the token lives, and what the server says when that is less than asked."""
+        ttl = token.period or asked or (0 if token.root else LONGEST)
+        longest = min(token.explicit_max_ttl or LONGEST, LONGEST)
+        if token.root and not ttl:
+            return token.explicit_max_ttl, []
+        if ttl <= longest:
+            return ttl, []
+        asked_text, given_text = _short(ttl), _short(longest)
+        return longest, [
+            f'TTL of "{asked_text}" exceeded the effective max_ttl of "{given_text}"; TTL value is capped accordingly'
+        ]
 
     @staticmethod
     def _orphan(call: Call, sudo: bool) -> bool:
@@ -342,6 +350,11 @@ def _seconds(call: Call, name: str) -> int:
     if seconds < 0:
         raise Refused(400, f"{name} must be positive")
     return seconds
+
+
+def _short(seconds: int) -> str:
+    """A duration without its zero parts at the end."""
+    return re.sub(r"(?<=[hm])0[ms]", "", re.sub(r"(?<=m)0s", "", go_duration(seconds)))
 
 
 def _display_name(given: Any) -> str:
