@@ -18,7 +18,7 @@ from typing import Any
 
 from ._control import Context
 from ._deps import require
-from ._errors import FirebreakError, Refused
+from ._errors import FirebreakError, Refused, Unproven
 from ._redact import Held
 
 SPEC: dict[str, Any] = {
@@ -32,6 +32,10 @@ SPEC: dict[str, Any] = {
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10
 OLDEST_SERVER = (6, 2)
+MOST_PASSES = 5
+MOST_REMEMBERED = 500
+# A request that took an old session just before the last look may write its successor a moment later.
+GRACE_SECONDS = 0.1
 INVALIDATIONS = b"__redis__:invalidate"
 
 Pick = Callable[[list[bytes]], list[bytes]]
@@ -121,37 +125,68 @@ class Client:
                 return names, True
         return names, False
 
-    def sweep(
-        self, match: bytes, pick: Pick, condemn: Condemn | None, count: int, until: float, watched: bytes | None = None
-    ) -> int:
+    def sweep(self, match: bytes, pick: Pick, condemn: Condemn | None, count: int, seconds: float) -> int:
         """Unlink what ``pick`` takes of every page of one full scan; returns how many keys went.
 
         Two connections overlap: while the server unlinks a page, or reads its values for ``condemn`` to choose among them,
-        the next page is already asked for. ``watched`` is a prefix: keys below it that others write in the meantime are
-        looked at as well, so that a key which is renewed faster than the scan goes round cannot slip through.
+        the next page is already asked for.
         """
-        revoked = 0
         with self._translated("sweep the keys"), self._connections() as new:
-            scanner, writer = new(), new()
-            watch = self._watch(new(), writer, watched) if watched else None
-            work = _Work(writer, condemn)
-            scan = _scan(scanner, match, count)
-            for page in scan:
-                if time.monotonic() > until:
-                    raise FirebreakError(f"deadline: the sweep did not end in time; {revoked} keys went. Run it again.")
-                revoked += work.feed(pick(page + (watch.changed() if watch else [])))
-            revoked += work.drain()
-            while watch and (late := pick(watch.settled())):
-                revoked += work.feed(late) + work.drain()
-                if time.monotonic() > until:
-                    raise FirebreakError(f"deadline: keys are written faster than swept; {revoked} went. Run it again.")
-        return revoked
+            return self._scan_once(new, match, pick, _Work(new(), condemn), count, time.monotonic() + seconds)
+
+    def sweep_until_none(
+        self, match: bytes, pick: Pick, condemn: Condemn, count: int, seconds: float, prefix: bytes
+    ) -> int:
+        """Sweep, and again until a full scan finds nothing.
+
+        From the second scan on the server tells which keys below ``prefix`` others write, and these are looked at as well:
+        a key that is renewed under a new name faster than the scan goes round would slip through every scan.
+        """
+        until = time.monotonic() + seconds
+        revoked = self.sweep(match, pick, condemn, count, seconds)
+        with self._translated("sweep the keys"), self._connections() as new:
+            work = _Work(new(), condemn)
+            watch = self._watch(new(), work.writer, prefix)
+            for _pass in range(MOST_PASSES):
+                found = self._scan_once(new, match, pick, work, count, until, watch)
+                revoked += found
+                if not found:
+                    return revoked
+        raise Unproven("every full scan finds further sessions from before: the application writes them back")
+
+    def _scan_once(
+        self,
+        new: Callable[[], Any],
+        match: bytes,
+        pick: Pick,
+        work: _Work,
+        count: int,
+        until: float,
+        watch: _Watch | None = None,
+    ) -> int:
+        gone = 0
+        for page in _scan(new(), match, count):
+            if time.monotonic() > until:
+                raise FirebreakError(f"deadline: the sweep did not end in time; {gone} keys went. Run the task again.")
+            keys = pick(page + (watch.changed() if watch else []))
+            self._remember(keys)
+            gone += work.feed(keys)
+        gone += work.drain()
+        if watch:
+            time.sleep(GRACE_SECONDS)
+            gone += work.feed(pick(watch.settled())) + work.drain()
+        return gone
+
+    def _remember(self, keys: list[bytes]) -> None:
+        """A few of the names, for the proof."""
+        remembered = self.held.setdefault("swept", [])
+        remembered += keys[: max(0, min(10, MOST_REMEMBERED - len(remembered)))]
 
     def _watch(self, listener: Any, writer: Any, prefix: bytes) -> _Watch | None:
         try:
             return _Watch(listener, writer, prefix)
         except self._sdk.exceptions.ResponseError:
-            return None  # tracking is not permitted here: further scans have to show that nothing is left
+            return None  # tracking is not permitted here: the scans alone have to show that nothing is left
 
     @contextmanager
     def _connections(self) -> Iterator[Callable[[], Any]]:
@@ -217,7 +252,7 @@ class _Work:
     """Unlinks pages, one behind the scan: what is sent for a page is answered when the next one comes."""
 
     def __init__(self, writer: Any, condemn: Condemn | None) -> None:
-        self._writer = writer
+        self.writer = writer
         self._condemn = condemn
         self._unlinking = False
         self._reading: list[bytes] = []
@@ -238,15 +273,15 @@ class _Work:
         commands += [("MGET", *read)] if read else []
         self._unlinking, self._reading = bool(doomed), read
         if commands:
-            self._writer.send_packed_command(self._writer.pack_commands(commands))
+            self.writer.send_packed_command(self.writer.pack_commands(commands))
 
     def _answers(self) -> tuple[int, list[bytes]]:
-        gone = int(self._writer.read_response()) if self._unlinking else 0
+        gone = int(self.writer.read_response()) if self._unlinking else 0
         self._unlinking = False
         if not self._reading or not self._condemn:
             return gone, []
         keys, self._reading = self._reading, []
-        return gone, self._condemn(keys, self._writer.read_response())
+        return gone, self._condemn(keys, self.writer.read_response())
 
 
 class _Watch:
@@ -262,7 +297,7 @@ class _Watch:
     def changed(self) -> list[bytes]:
         names: list[bytes] = []
         while self._listener.can_read(0):
-            names += self._message()
+            names += self._listener.read_response()[-1] or []  # none when the whole database was flushed
         return names
 
     def settled(self) -> list[bytes]:
@@ -270,14 +305,9 @@ class _Watch:
         names: list[bytes] = []
         for _turn in range(2):
             self._listener.send_command("PING")
-            while (message := self._message()) != [b"pong"]:
-                names += message
+            while (message := self._listener.read_response())[0] != b"pong":
+                names += message[-1] or []
         return names
-
-    def _message(self) -> list[bytes]:
-        kind, *_channel, payload = self._listener.read_response()
-        return [b"pong"] if kind == b"pong" else payload or []
-
 
 def _scan(connection: Any, match: bytes, count: int) -> Iterator[list[bytes]]:
     def ask(cursor: bytes) -> None:
