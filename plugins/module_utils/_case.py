@@ -28,6 +28,7 @@ from ._errors import Busy, FirebreakError, Refused, StoreUnavailable
 from ._store import Store, open_store
 
 RUN = "_run"
+NO_INCIDENT = "INC-0000-0000-000"
 FIRST = "0" * 64
 LARGE = 16 * 1024
 KINDS = frozenset(

@@ -77,3 +77,24 @@ class Control:
     slow: bool = False
     evidence: bool = False
     needs_host: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """A reader: it changes nothing."""
+
+    name: str
+    service: Any
+    spec: dict[str, Any]
+    read: Callable[[Any, dict[str, Any]], Facts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A control whose entry in the journal is the change. ``opens`` says that it can do without an incident."""
+
+    name: str
+    service: Any
+    spec: dict[str, Any]
+    write: Callable[[Any, dict[str, Any], Context], dict[str, Any]]
+    opens: bool = False

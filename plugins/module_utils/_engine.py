@@ -21,7 +21,6 @@ from ._errors import FirebreakError, Refused, StoreUnavailable, Unproven
 from ._evidence import Evidence
 from ._plan import Change, Facts, Plan, at
 
-NO_INCIDENT = "INC-0000-0000-000"
 PATIENCE = {"SEV-1": 120.0}
 PATIENCE_ELSE = 900.0
 UNATTENDED_AN_HOUR = 25
@@ -51,6 +50,10 @@ COMMON: dict[str, Any] = {
     "unattended": {"type": "bool", "default": False},
     "two_person": {"type": "bool", "default": False},
 }
+
+
+def case_options() -> dict[str, Any]:
+    return _case.SPEC
 
 
 def spec_of(control: Any) -> dict[str, Any]:
@@ -99,13 +102,13 @@ def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     if params["site"] == "lab":
         context.env = {}
     if not params.get("incident_id") and context.check_mode:
-        params["incident_id"] = NO_INCIDENT
+        params["incident_id"] = _case.NO_INCIDENT
     params["mark"] = f"{params.get('incident_id')}/{params.get('round') or 1}"
     context.correlation = str(params.get("incident_id") or "")
     task = Task(control, params, context, _guards.break_glass(params.get("break_glass"), context.clock()))
     if params.get("case_store") and params.get("incident_id"):
         task.case = _case.open_case(params, context)
-    elif not context.check_mode:
+    elif not context.check_mode and not getattr(control, "opens", False):
         _case.open_case(params, context)
     context.evidence = Evidence(task.case, task.host, params)
     return task
@@ -164,7 +167,7 @@ def decide(task: Task, client: Any) -> Plan:
         raise FirebreakError(
             f"internal: the plan of {task.control.name} does not converge; nothing was changed", effect="none"
         )
-    if task.context.secrets.found_in([dataclasses.asdict(change) for change in plan.changes]):
+    if task.context.secrets.found_in([recorded(plan, change) for change in plan.changes]):
         raise FirebreakError(
             f"internal: a change of {task.control.name} holds a secret; nothing was changed", effect="none"
         )
@@ -246,7 +249,7 @@ def _approved(task: Task) -> None:
 class Journal:
     """A stream to write to, and the spool behind it while the store is lost."""
 
-    def __init__(self, task: Task, stack: contextlib.ExitStack) -> None:
+    def __init__(self, task: Task, stack: contextlib.ExitStack, releasing: bool) -> None:
         if task.case is None:
             raise FirebreakError("internal: no case", effect="none")
         self.task = task
@@ -254,7 +257,8 @@ class Journal:
         self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
         try:
             stack.enter_context(self.stream.writer(task.control.deadline))
-            task.case.check_open(self.stream)
+            if not releasing:
+                task.case.check_open(self.stream)
         except StoreUnavailable:
             self.lost = True
 
@@ -293,7 +297,7 @@ class Action:
     def run(self) -> dict[str, Any]:
         task = self.task
         with contextlib.ExitStack() as stack:
-            journal = Journal(task, stack)
+            journal = Journal(task, stack, releasing=self.releases is not None)
             for _attempt in range(20):
                 try:
                     plan = decide(task, self.client)

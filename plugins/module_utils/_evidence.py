@@ -104,7 +104,7 @@ class Evidence:
 
     def _stored(self, reference: str) -> bytes | None:
         host, turn, name = self._split(reference)
-        if self._case is None or self._case.id == "INC-0000-0000-000":
+        if self._case is None or self._case.id == _case.NO_INCIDENT:
             return None
         return self._case.store.get(f"{self._case.id}/evidence/{_case.encode_host(host)}/{turn}/{name}.json")
 

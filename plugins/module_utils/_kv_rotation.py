@@ -32,7 +32,7 @@ def read(client: Client, params: dict[str, Any]) -> Facts:
     current = {name: value for name, value in (secret["data"] or {}).items() if name in params["fields"]}
     known = (current, entry.get("values") or {}, params["new_values"] or {})
     for value in (value for values in known for value in values.values()):
-        client.secret(value)
+        client.secret(str(value))
     client.held.update(values=entry.get("values"), entry_version=pending["version"])
 
     base = entry.get("base", secret["version"])
@@ -74,7 +74,7 @@ def prove(client: Client, params: dict[str, Any], base: int) -> None:
     if absent := sorted(set(params["fields"]) - set(old)):
         raise Unproven(f"the old {', '.join(absent)} cannot be read any more, so nobody can try it", effect="none")
     for proof in params["proof"]:
-        before, after = str(client.secret(old[proof["field"]])), client.held["values"][proof["field"]]
+        before, after = client.secret(str(old[proof["field"]])), client.held["values"][proof["field"]]
         prove_rotation(proof, before, after, client.clock())
     _write_entry(client, params, {"mark": params["mark"], "base": base, "fields": fields_of(params), "done": True})
 

@@ -1,0 +1,476 @@
+# Copyright: The firebreak.incident contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The engine with the smallest control that there can be: a register of names in a file, killed at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from ansible_collections.firebreak.incident.plugins.module_utils import _case, _engine, _incident, _release, _store, _verify
+from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
+from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError, Refused, StoreUnavailable
+from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
+from ansible_collections.firebreak.incident.plugins.modules import incident, incident_event
+
+
+class Register:
+    """A service: a JSON file that maps names to values."""
+
+    SPEC: dict[str, Any] = {"register": {"type": "str"}, "register_password": {"type": "str", "no_log": True}}
+
+    def __init__(self) -> None:
+        self.kill_at = 0
+        self.calls = 0
+
+    def preload(self) -> None: ...
+
+    def addresses(self, params: dict[str, Any]) -> list[str]:
+        return ["127.0.0.1"]
+
+    def connect(self, params: dict[str, Any], context: Context) -> Register:
+        self.file = pathlib.Path(params["register"])
+        return self
+
+    def close(self) -> None: ...
+
+    def values(self) -> dict[str, str]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def put(self, name: str, value: str | None) -> None:
+        self.die()
+        values = self.values()
+        values.pop(name, None)
+        if value is not None:
+            values[name] = value
+        self.file.write_text(json.dumps(values))
+        self.die()
+
+    def die(self) -> None:
+        self.calls += 1
+        if self.calls == self.kill_at:
+            os._exit(9)
+
+
+SERVICE = Register()
+
+
+def read(client: Register, params: dict[str, Any]) -> dict[str, Any]:
+    return {"values": {name: value for name, value in client.values().items() if name in params["names"]}}
+
+
+def plan(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
+    before = facts["values"]
+    wanted = {name: params["value"] for name in params["names"]} if params["value"] else {}
+    changes = []
+    for name in params["names"]:
+        if before.get(name) != wanted.get(name):
+            undo = {"names": [name], "value": before.get(name) or ""}
+            changes.append(Change("set", name, ("values", name), undo=undo))
+    return Plan(facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all",) * (len(changes) > 5))
+
+
+def apply(client: Register, params: dict[str, Any], change: Change) -> None:
+    client.put(change.target, params["value"] or None)
+
+
+CONTROL = Control(
+    name="register",
+    service=SERVICE,
+    spec={"argument_spec": {"names": {"type": "list", "elements": "str"}, "value": {"type": "str"}}},
+    read=read,
+    plan=plan,
+    apply=apply,
+)
+
+
+@pytest.fixture
+def params(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("FIREBREAK_SPOOL", str(tmp_path / "spool"))
+    SERVICE.kill_at = SERVICE.calls = 0
+    common = {name: option.get("default") for name, option in _engine.COMMON.items()}
+    return {
+        **common,
+        "case_store": f"file://{tmp_path}/cases",
+        "site": "lab",
+        "owner": "lab",
+        "host": "r1",
+        "register": str(tmp_path / "register.json"),
+        "names": ["a", "b", "c"],
+        "value": "x",
+    }
+
+
+def opened(params: dict[str, Any], **more: Any) -> dict[str, Any]:
+    options = {name: option.get("default") for name, option in incident.SPEC["argument_spec"].items()}
+    context = Context(run_id=os.urandom(3).hex(), actor="tester")
+    return _engine.execute(incident.CONTROL, {**params, **options, "type": "data_breach", "affected": ["r1"], **more}, context)
+
+
+def go(params: dict[str, Any], **more: Any) -> dict[str, Any]:
+    context = Context(run_id=os.urandom(3).hex(), actor="tester", check_mode=more.pop("check_mode", False))
+    return _engine.execute(CONTROL, {**params, **more}, context)
+
+
+def case_of(params: dict[str, Any]) -> _case.Case:
+    return _case.open_case(params, Context(run_id="reader"))
+
+
+def kinds(params: dict[str, Any]) -> list[str]:
+    case = case_of(params)
+    names = case.store.list(f"{case.id}/journal/r1")
+    return [case.stream("r1").entry(number).kind for number in range(1, len(names) + 1)]
+
+
+@pytest.fixture
+def ready(params: dict[str, Any]) -> dict[str, Any]:
+    return {**params, "incident_id": opened(params)["incident_id"]}
+
+
+def test_check_equals_real_and_again_is_ok(ready: dict[str, Any]) -> None:
+    planned = go(ready, check_mode=True)
+    assert kinds(ready) == []
+    done = go(ready)
+    for key in ("changed", "changes", "diff", "state_before", "state_after", "estimate", "mark"):
+        assert planned[key] == done[key], key
+    assert (planned["outcome"], done["outcome"]) == ("planned", "verified")
+    again = go(ready)
+    assert not again["changed"] and again["outcome"] == "ok" and again["since"]
+    assert kinds(ready) == ["intent", "done"]
+    assert SERVICE.values() == {"a": "x", "b": "x", "c": "x"}
+
+
+def undo(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> dict[str, Any]:
+    """A release; the toy control is not a module of the collection, so its import is handed over."""
+    import types
+
+    real = _release.importlib.import_module
+    module = types.SimpleNamespace(CONTROL=CONTROL)
+    monkeypatch.setattr(_release.importlib, "import_module", lambda name: module if name.endswith(".register") else real(name))
+    context = Context(run_id="release", actor="tester", check_mode=more.pop("check_mode", False))
+    full = {"turn": None, "controls": None, "force": False, **params, **more}
+    case = _case.open_case(full, context)
+    return _release.release(case, full, context)
+
+
+def test_release_puts_back_and_keeps_foreign_changes(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    SERVICE.connect(ready, Context()).file.write_text(json.dumps({"b": "old", "z": "foreign"}))
+    go(ready)
+    predicted = undo(ready, monkeypatch, check_mode=True)
+    assert [change["target"] for change in predicted["changes"]] == ["c", "b", "a"]
+    assert SERVICE.values()["a"] == "x"
+    SERVICE.file.write_text(json.dumps({**SERVICE.values(), "a": "somebody else"}))
+    with pytest.raises(FirebreakError) as failure:
+        undo(ready, monkeypatch)
+    assert [conflict["target"] for conflict in failure.value.facts["conflicts"]] == ["a"]
+    assert SERVICE.values() == {"a": "somebody else", "b": "old", "z": "foreign"}
+    undo(ready, monkeypatch, force=True)
+    assert SERVICE.values() == {"b": "old", "z": "foreign"}
+    assert case_of(ready).stream("r1").live == []
+    again = undo(ready, monkeypatch)
+    assert not again["changed"]
+
+
+STEPS = 60
+
+
+@pytest.mark.parametrize("what", ["store", "service"])
+def test_killed_at_every_step_then_run_again(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, what: str
+) -> None:
+    """kill -9 around every entry and every write, then the same command: the state of an undisturbed run."""
+    tried = 0
+    for step in range(1, STEPS):
+        place = {**params, "case_store": f"file://{tmp_path}/{what}{step}", "register": str(tmp_path / f"{what}{step}.json")}
+        place["incident_id"] = opened(place)["incident_id"]
+        pathlib.Path(place["register"]).write_text(json.dumps({"b": "old"}))
+        if not _killed(place, what, step):
+            break
+        tried += 1
+        result = go(place)
+        assert not result.get("failed"), result
+        assert SERVICE.values() == {"a": "x", "b": "x", "c": "x"}
+        assert not go(place)["changed"]
+        case = case_of(place)
+        assert _verify.verify(case)["valid"]
+        assert all(item["state"] != "open" for item in case.stream("r1").live), kinds(place)
+        with monkeypatch.context() as patch:
+            undo(place, patch)
+        assert SERVICE.values() == {"b": "old"}, (step, kinds(place))
+    assert tried >= (4 if what == "store" else 6)
+
+
+def _killed(params: dict[str, Any], what: str, step: int) -> bool:
+    """Run in a child that dies at the n-th call; whether it died."""
+    child = os.fork()
+    if child == 0:
+        try:
+            SERVICE.calls, SERVICE.kill_at = 0, step if what == "service" else 0
+            if what == "store":
+                count = 0
+                real = _store.FileStore.create
+
+                def create(store: _store.FileStore, key: str, data: bytes) -> bool:
+                    nonlocal count
+                    count += 1
+                    if count == step:
+                        os._exit(9)
+                    answer = real(store, key, data)
+                    count += 1
+                    if count == step:
+                        os._exit(9)
+                    return answer
+
+                _store.FileStore.create = create  # type: ignore[method-assign]
+            go(params)
+        finally:
+            os._exit(0)
+    SERVICE.calls = SERVICE.kill_at = 0
+    _pid, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 9
+
+
+def test_release_killed_at_every_write(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    for step in range(1, STEPS):
+        place = {**params, "case_store": f"file://{tmp_path}/{step}", "register": str(tmp_path / f"{step}.json")}
+        place["incident_id"] = opened(place)["incident_id"]
+        go(place)
+        child = os.fork()
+        if child == 0:
+            SERVICE.calls, SERVICE.kill_at = 0, step
+            try:
+                undo(place, monkeypatch)
+            finally:
+                os._exit(0)
+        _pid, status = os.waitpid(child, 0)
+        SERVICE.calls = SERVICE.kill_at = 0
+        with monkeypatch.context() as patch:
+            undo(place, patch)
+        SERVICE.connect(place, Context())
+        assert SERVICE.values() == {}
+        assert case_of(place).stream("r1").live == []
+        if os.waitstatus_to_exitcode(status) != 9:
+            break
+    assert step > 4
+
+
+def test_twenty_at_once_open_one_incident(params: dict[str, Any]) -> None:
+    results: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda: results.append(opened(params))) for _number in range(20)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len({result["incident_id"] for result in results}) == 1
+    assert sum(result["changed"] for result in results) == 1
+
+
+def test_twenty_different_ones_get_twenty_numbers_without_a_gap(params: dict[str, Any]) -> None:
+    results: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda n=n: results.append(opened(params, key=f"alert-{n}"))) for n in range(20)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(int(result["incident_id"][-3:]) for result in results) == list(range(1, 21))
+
+
+def test_new_opens_another_and_round_two_begins(params: dict[str, Any]) -> None:
+    first = opened(params)
+    assert opened(params)["incident_id"] == first["incident_id"]
+    second = opened(params, new=True)
+    assert second["incident_id"] != first["incident_id"]
+    again = opened(params, incident_id=first["incident_id"], round=2)
+    assert again["changed"] and again["issued_before"] > first["issued_before"]
+    assert opened(params, incident_id=first["incident_id"], round=2)["issued_before"] == again["issued_before"]
+    assert "the next one is 3" in opened(params, incident_id=first["incident_id"], round=5)["msg"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"site": None}, "site: every inventory sets firebreak_site"),
+        ({"site": "production", "owner": None}, "owner:"),
+        ({"site": "production"}, "protected:"),
+        ({"case_store": None}, "case_store:"),
+        ({"case_store": "ftp://x"}, "case_store:"),
+        ({"case_store": "s3://bucket?lock_mode=NONE"}, "lock_mode"),
+        ({"incident_id": None}, "incident_id:"),
+        ({"incident_id": "INC-2020-0101-001"}, "is not in this case store"),
+        ({"protected": {"roles": ["b"]}}, "protected: roles b"),
+        ({"names": list("abcdefg")}, "break glass for all"),
+        ({"break_glass": [{"guard": "all", "reason": "r", "date": "2020-01-01"}]}, "is not today's"),
+        ({"unattended": True}, None),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_touched(ready: dict[str, Any], options: dict[str, Any], told: str | None) -> None:
+    for check_mode in (True, False):
+        if check_mode and ("case_store" in options or "incident_id" in options):
+            continue
+        result = go(ready, check_mode=check_mode, **options)
+        assert ("failed" in result) == (told is not None), result
+        if told:
+            assert told in result["msg"]
+            assert not pathlib.Path(ready["register"]).exists()
+
+
+def test_halt_stops_everything_but_release(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    go(ready, names=["a"])
+    case_of(ready).store.create("HALT", b"")
+    assert "HALT" in go(ready)["msg"]
+    assert "HALT" in opened(ready)["msg"]
+    undo(ready, monkeypatch)
+    assert SERVICE.values() == {}
+
+
+def test_what_is_lost_in_a_write_is_noticed(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = dataclasses.replace(CONTROL, apply=lambda client, params, change: None, settle=0.1)
+    context = Context(run_id="one", actor="tester")
+    result = _engine.execute(lost, ready, context)
+    assert result["failed"] and "does not show the change" in result["msg"]
+    assert kinds(ready) == ["intent", "failed"]
+
+
+def test_a_failure_tells_what_was_done_and_what_was_not(ready: dict[str, Any]) -> None:
+    def broken(client: Register, params: dict[str, Any], change: Change) -> None:
+        if change.target == "b":
+            raise RuntimeError("hunter22-canary")
+        apply(client, params, change)
+
+    result = _engine.execute(dataclasses.replace(CONTROL, apply=broken), ready, Context(run_id="one", actor="tester"))
+    assert [one["outcome"] for one in result["outcomes"]] == ["applied", "unconfirmed", "not begun"]
+    assert "done: set a; unconfirmed: set b; not done: set c" in result["msg"]
+    assert "RuntimeError" in result["msg"] and "hunter22" not in json.dumps(result)
+    assert not go(ready).get("failed")
+
+
+def test_a_plan_that_does_not_converge_or_holds_a_secret_is_never_begun(ready: dict[str, Any]) -> None:
+    wobbly = dataclasses.replace(
+        CONTROL, plan=lambda params, facts: Plan(facts, facts, (Change("set", "a", irreversible="never ends"),))
+    )
+    assert "does not converge" in _engine.execute(wobbly, ready, Context(run_id="1"))["msg"]
+    context = Context(run_id="1")
+    context.secret("canary-secret")
+    result = _engine.execute(CONTROL, {**ready, "value": "canary-secret"}, context)
+    assert "holds a secret" in result["msg"] and "canary" not in json.dumps(result)
+    assert kinds(ready) == []
+
+
+def test_the_store_is_lost_in_the_middle_and_comes_back(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def gone(*_args: Any, **_kwargs: Any) -> Any:
+        raise StoreUnavailable("case_store: gone")
+
+    with monkeypatch.context() as patch:
+        for name in ("list", "get", "create"):
+            patch.setattr(_store.FileStore, name, gone)
+        result = go(ready)
+        assert [entry["kind"] for entry in result["spooled"]] == ["intent", "done"]
+        assert SERVICE.values() == {"a": "x", "b": "x", "c": "x"}
+        final = dataclasses.replace(
+            CONTROL,
+            plan=lambda params, facts: Plan(
+                facts, {"values": {}}, tuple(Change("set", n, irreversible="gone for good") for n in facts["values"])
+            ),
+        )
+        refused = _engine.execute(final, {**ready, "value": ""}, Context(run_id="2"))
+        assert "cannot be undone" in refused["msg"] and SERVICE.values()
+    assert not go(ready)["changed"]
+    assert kinds(ready) == ["intent", "done"]
+    assert _verify.verify(case_of(ready))["valid"]
+    undo(ready, monkeypatch)
+    assert SERVICE.values() == {}
+
+
+def event(params: dict[str, Any], kind: str, **more: Any) -> dict[str, Any]:
+    options = {name: option.get("default") for name, option in incident_event.SPEC["argument_spec"].items()}
+    return _engine.execute(incident_event.CONTROL, {**params, **options, "kind": kind, **more}, Context(run_id="e", actor="tester"))
+
+
+def damage(params: dict[str, Any], how: str) -> None:
+    case = case_of(params)
+    folder = pathlib.Path(params["case_store"].removeprefix("file://")) / case.id / "journal/r1"
+    two, three = folder / "00000002.json", folder / "00000003.json"
+    if how == "flip":
+        two.write_bytes(two.read_bytes().replace(b"tester", b"testes"))
+    elif how == "drop":
+        two.unlink()
+    elif how == "swap":
+        one, other = two.read_bytes(), three.read_bytes()
+        two.write_bytes(other)
+        three.write_bytes(one)
+    elif how == "cut":
+        sorted(folder.iterdir())[-1].unlink()
+    elif how == "forge":
+        doc = json.loads(two.read_bytes())
+        doc["actor"] = "nobody"
+        doc["digest"] = _case.digest_of(doc)
+        two.write_bytes(_case.canonical(doc))
+    elif how == "foreign":
+        doc = json.loads(two.read_bytes())
+        doc["incident"] = "INC-2020-0101-009"
+        doc["digest"] = _case.digest_of(doc)
+        two.write_bytes(_case.canonical(doc))
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [("flip", "r1/2"), ("drop", "r1/2"), ("swap", "r1/2"), ("cut", "r1/4"), ("forge", "r1/3"), ("foreign", "r1/2"), (None, "")],
+)
+def test_verify_names_the_first_bad_entry(ready: dict[str, Any], how: str | None, where: str) -> None:
+    go(ready)
+    go(ready, value="y")
+    event(ready, "seal")
+    if how:
+        damage(ready, how)
+    seen = _verify.verify(case_of(ready))
+    assert seen["valid"] == (how is None)
+    assert seen["first_bad"].get("entry", "") == where, seen
+
+
+def test_a_chain_written_anew_is_found_by_the_seal_that_was_sent_out(ready: dict[str, Any]) -> None:
+    go(ready)
+    sent = event(ready, "seal")["digest"]
+    assert _verify.verify(case_of(ready), sent)["valid"]
+    folder = pathlib.Path(ready["case_store"].removeprefix("file://")) / ready["incident_id"] / "journal/_run"
+    (folder / "00000002.json").unlink()
+    event(ready, "seal")
+    assert _verify.verify(case_of(ready))["valid"]
+    assert "no seal has the expected hash" in _verify.verify(case_of(ready), sent)["first_bad"]["why"]
+
+
+def test_the_second_writer_waits_for_the_first(ready: dict[str, Any]) -> None:
+    """Twice at the same moment: one changes, the other finds it done."""
+
+    def slow(client: Register, params: dict[str, Any], change: Change) -> None:
+        time.sleep(0.1)
+        apply(client, params, change)
+
+    results: list[dict[str, Any]] = []
+    control = dataclasses.replace(CONTROL, apply=slow)
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(_engine.execute(control, ready, Context(run_id=str(n))))) for n in range(3)
+    ]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(result["changed"] for result in results) == [False, False, True]
+    assert kinds(ready) == ["intent", "done"]
+
+
+def test_an_expired_incident_is_not_continued_unasked(params: dict[str, Any]) -> None:
+    first = opened(params)
+    late = Context(run_id="late", clock=lambda: time.time() + 13 * 3600)
+    options = {name: option.get("default") for name, option in incident.SPEC["argument_spec"].items()}
+    full = {**params, **options, "type": "data_breach", "affected": ["r1"]}
+    assert "was left alone for 13 h" in _engine.execute(incident.CONTROL, full, late)["msg"]
+    assert not _engine.execute(incident.CONTROL, {**full, "incident_id": first["incident_id"]}, late).get("failed")
+
+
+def test_severity_has_three_names() -> None:
+    assert [_incident.severity_of(name, "ddos") for name in (None, "P0", "PAGE", "SEV-1")] == ["SEV-1"] * 4
+    with pytest.raises(Refused):
+        _incident.severity_of("SEV-9", "ddos")
