@@ -78,6 +78,9 @@ OTHERS = """
       a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = session_user)
       AND (starts_with(a.application_name, 'firebreak ') OR a.xact_start IS NULL), false)
 """
+SESSIONS_OF_ROLE = """
+    a.backend_type IN ('client backend', 'walsender') AND a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = %s)
+"""
 psycopg: Any = None
 
 
@@ -112,6 +115,7 @@ class Client:
 
     def __init__(self, params: dict[str, Any], context: Context) -> None:
         self.held = Held()
+        self.evidence = context.evidence
         self._params = params
         self._context = context
         self._lifted = False
@@ -177,7 +181,9 @@ class Client:
         self.run(action, statement)
 
     def copy(self, action: str, statement: Any, seconds: float) -> Iterator[bytes]:
-        """What COPY ... TO STDOUT sends, a row at a time."""
+        """The rows of a SELECT as CSV, a row at a time, the header first."""
+        statement = psycopg.sql.SQL("COPY ({}) TO STDOUT WITH (FORMAT csv, HEADER)").format(statement)
+        self.run("set the time limit", f"SET statement_timeout = '{seconds:.0f}s'")
         with self._errors(action, seconds), self._connection.cursor().copy(statement) as lines:
             for line in lines:
                 yield bytes(line)
@@ -324,6 +330,13 @@ class Client:
                 return
         raise FirebreakError("PostgreSQL: some sessions did not end; run the same command again")
 
+    def end_sessions_of(self, role: str) -> None:
+        self.end_sessions(SESSIONS_OF_ROLE, [role])
+
+    def sessions_of(self, role: str) -> int:
+        statement = f"SELECT count(*) AS sessions FROM pg_stat_activity a WHERE {SESSIONS_OF_ROLE}"
+        return int(self.rows("read the sessions", statement, [role])[0]["sessions"])
+
     def write_is_refused(self) -> bool:
         """Whether a new session cannot write. What the attempt makes would vanish with its transaction."""
         with self.another() as fresh:
@@ -335,6 +348,75 @@ class Client:
             fresh.run("take the attempt back", "ROLLBACK")
             return False
 
+    # --- roles
+
+    def role(self, name: str, parameter: str) -> dict[str, Any] | None:
+        """Whether the role may log in, and what it has for a parameter."""
+        found = self.rows(
+            "read the roles",
+            """SELECT rolcanlogin AS login, (SELECT substr(c, length(%s) + 2) FROM unnest(rolconfig) c
+                 WHERE split_part(c, '=', 1) = %s) AS value FROM pg_roles WHERE rolname = %s""",
+            [parameter, parameter, name],
+        )
+        return found[0] if found else None
+
+    def login_roles(self, but: Sequence[str]) -> dict[str, Any]:
+        """The role in use, and how many more could log in if these could not."""
+        return self.rows(
+            "read the roles",
+            """SELECT session_user AS own_role, (SELECT count(*) FROM pg_roles
+                 WHERE rolcanlogin AND rolname <> session_user AND rolname <> ALL (%s)) AS other_login_roles""",
+            [list(but)],
+        )[0]
+
+    def alter_login(self, name: str, login: bool) -> None:
+        option = psycopg.sql.SQL("LOGIN" if login else "NOLOGIN")
+        statement = psycopg.sql.SQL("ALTER ROLE {} {}").format(psycopg.sql.Identifier(name), option)
+        self.write("change the role", statement)
+
+    def alter_role_setting(self, name: str, parameter: str, value: str | None) -> None:
+        role, setting = psycopg.sql.Identifier(name), psycopg.sql.Identifier(*parameter.split("."))
+        if value is None:
+            statement = psycopg.sql.SQL("ALTER ROLE {} RESET {}").format(role, setting)
+        else:
+            statement = psycopg.sql.SQL("ALTER ROLE {} SET {} = {}").format(role, setting, psycopg.sql.Literal(value))
+        self.write("change the role's settings", statement)
+
+    # --- rows
+
+    def select(self, table: Sequence[str], columns: Sequence[str], after: Sequence[str] | None,
+               among: tuple[str, Sequence[str]] | None) -> Any:  # fmt: skip
+        """A SELECT from given parts: names are quoted as names and values as values, typed by their columns."""
+        sql = psycopg.sql
+        names = sql.SQL(", ").join(map(sql.Identifier, columns)) if columns else sql.SQL("*")
+        where, order = [], sql.SQL("")
+        if after:
+            where.append(sql.SQL("{} > {}").format(sql.Identifier(after[0]), sql.Literal(after[1])))
+            order = sql.SQL(" ORDER BY {}").format(sql.Identifier(after[0]))
+        if among:
+            values = sql.SQL(", ").join(map(sql.Literal, among[1]))
+            where.append(sql.SQL("{} IN ({})").format(sql.Identifier(among[0]), values))
+        condition = sql.SQL(" WHERE {}").format(sql.SQL(" AND ").join(where)) if where else sql.SQL("")
+        return sql.SQL("SELECT {} FROM {}{}{}").format(names, sql.Identifier(*table), condition, order)
+
+    def read_only(self) -> None:
+        """From here on nothing that is called by a view or a policy can write."""
+        self.run(
+            "begin to read", "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+        )
+
+    def count(self, action: str, select: Any, seconds: int) -> dict[str, Any]:
+        """The number of rows: counted, or the planner's guess where that takes too long."""
+        self.run("set the time limit", f"SET statement_timeout = '{seconds}s'")
+        try:
+            statement = psycopg.sql.SQL("SELECT count(*) AS rows FROM ({}) AS selected").format(select)
+            return {**self.rows(action, statement)[0], "counted": True}
+        except ServerError as failure:
+            if failure.state != "57014":
+                raise
+        explained = self.rows(action, psycopg.sql.SQL("EXPLAIN (FORMAT JSON) {}").format(select))
+        return {"rows": explained[0]["QUERY PLAN"][0]["Plan"]["Plan Rows"], "counted": False}
+
 
 class ServerError(FirebreakError):
     """What the server answered; ``state`` is its SQLSTATE."""
@@ -342,4 +424,3 @@ class ServerError(FirebreakError):
     def __init__(self, msg: str, effect: str, state: str) -> None:
         super().__init__(msg, effect=effect, sqlstate=state)
         self.state = state
-
