@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT, LabError, directory
+from .lock import Lock
 
 PR_SET_PDEATHSIG = 1
 
@@ -29,7 +30,22 @@ def up(options: argparse.Namespace) -> int:
         from . import supervisor
 
         return supervisor.run(directory(), options.thief, _tell)
+    if _holder():
+        return _again(options)
     return _detach(options)
+
+
+def _again(options: argparse.Namespace) -> int:
+    """A lab runs here already: that is what was asked for."""
+    from .client import Lab
+
+    lab = Lab()
+    for name in ("thief", "crowd") if options.thief else ():
+        lab.start(name)
+    for line in _table(lab.state):
+        print(line)
+    print("The lab was up already.")
+    return 0
 
 
 def _die_with_parent() -> None:
@@ -100,8 +116,6 @@ def _table(state: dict[str, Any]) -> list[str]:
 
 
 def _holder() -> int | None:
-    from .supervisor import Lock
-
     return Lock(directory()).holder()
 
 

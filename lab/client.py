@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import LabError, directory, files
+from .lock import Lock
 
 
 class Actor:
@@ -42,7 +43,7 @@ class Actor:
 class Lab:
     def __init__(self, path: Path | None = None) -> None:
         self.dir = path or directory()
-        if not (self.dir / "state.json").exists():
+        if Lock(self.dir).holder() is None or not (self.dir / "state.json").exists():
             raise LabError(f"no lab runs in {self.dir}: `python -m lab up` starts one")
         self.thief = Actor(self, "thief")
         self.crowd = Actor(self, "crowd")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -19,41 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from . import LabError, files, inventory
+from .lock import MARKER, Lock
 from .parts import CROWD_SIZE, Site, postgresql, services, valkey
 
-MARKER = ".firebreak-lab"
 ACTORS = ("thief", "crowd")
-
-
-class Lock:
-    """Held by the supervisor as long as it lives; the kernel lets go of it, whatever the end."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / MARKER
-        self._file: Any = None
-
-    def take(self) -> bool:
-        self._file = self._path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            return False
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-        return True
-
-    def holder(self) -> int | None:
-        """The pid of the supervisor that is alive, else None."""
-        if not self._path.exists():
-            return None
-        with self._path.open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return int(file.read() or 0) or None
-        return None
 
 
 def prepare(directory: Path) -> Lock:
@@ -139,6 +107,8 @@ class Supervisor:
         else:
             await process.start()
             await process.listening(self.site.port({"sinks": "hook"}.get(name, name)))
+        if name == "vault":  # it keeps nothing over a restart
+            await services.seed_vault(self.site)
         if name == "app":
             files.write(self.site.app_dir / "app.pid", f"{process.pid}\n")
         if name == "cf":
@@ -284,13 +254,16 @@ async def _guard(guard: socket.socket, stop: asyncio.Event) -> None:
 
 
 def run(directory: Path, actors: bool, notify: Callable[[dict[str, Any]], None], guard: socket.socket | None = None) -> int:
+    """The whole life of a lab. The lock lives as long as this call."""
     os.umask(0o077)
     try:
         lock = prepare(directory)
     except LabError as error:
         notify({"ok": False, "why": str(error)})
         return 1
-    with contextlib.suppress(BrokenPipeError):
+    try:
         return asyncio.run(supervise(directory, actors, notify, guard))
-    del lock
-    return 1
+    except BrokenPipeError:  # nobody is there any more to hear that it is up
+        return 1
+    finally:
+        lock.release()

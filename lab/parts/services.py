@@ -90,12 +90,12 @@ async def vault(site: Site) -> None:
         return site.left_out("vault", "neither the real server nor its double is here")
     await process.start()
     await process.listening(port)
-    await _seed_vault(site)
+    await seed_vault(site)
     _, health = await asyncio.to_thread(request, "GET", site.url("vault") + "/v1/sys/health")
     site.ready("vault", "real" if program else "double", f"Vault {health['version']}", site.url("vault"))
 
 
-async def _seed_vault(site: Site) -> None:
+async def seed_vault(site: Site) -> None:
     def put(path: str, data: dict[str, str]) -> Callable[[], tuple[int, Any]]:
         headers = {"X-Vault-Token": site.secrets["vault"], "Content-Type": "application/json"}
         return lambda: request("POST", f"{site.url('vault')}/v1/secret/data/{path}", {"data": data}, headers)

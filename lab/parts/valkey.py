@@ -21,7 +21,8 @@ bind 127.0.0.1
 port {port}
 dir {dir}
 daemonize no
-save ""
+# Written only when it is stopped, so that a stop and a start lose nothing; a kill does.
+save 86400 1000000000
 appendonly no
 latency-monitor-threshold 5
 repl-diskless-sync-delay 0
