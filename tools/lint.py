@@ -23,6 +23,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.prefix) / "bin"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 COLLECTION = "ansible_collections/firebreak/incident"
+PIP_SAYS = re.compile(r"Collecting |  Downloading |Installing |Successfully |Using cached |\s+━|Running sanity test ")
 TYPED = ("module_utils", "plugin_utils")
 
 
@@ -114,7 +115,8 @@ def pip_bootstrap() -> None:
 
 def sanity(trees: Trees) -> tuple[bool, str]:
     pip_bootstrap()
-    return run("ansible-test", "sanity", "--venv", "--python", PYTHON, "--color", "no", cwd=trees.copy)
+    good, output = run("ansible-test", "sanity", "--venv", "--python", PYTHON, "--color", "no", cwd=trees.copy)
+    return good, "\n".join(line for line in output.splitlines() if line and not PIP_SAYS.match(line))
 
 
 def docs(trees: Trees) -> tuple[bool, str]:
