@@ -127,7 +127,7 @@ def _tokens(text: str) -> list[Token]:
     while position < end:
         match = TOKEN.match(text, position)
         if match is None or match.lastgroup is None:
-            raise ExpressionError("unrecognised input", position)
+            raise ExpressionError("unrecognised input", end - len(text[position:end].lstrip()))
         kind = match.lastgroup
         value = match.group(kind)
         start = match.start(kind)

@@ -83,7 +83,11 @@ class Api:
             ("GET", scope, lambda _b, _q, s: ok(edge.rulesets(s))),
             ("POST", scope, lambda b, q, s: ok(edge.create_ruleset(s, b, dry(q)))),
             ("GET", f"{scope}/phases/([a-z0-9_]+)/entrypoint", lambda _b, _q, s, p: ok(edge.entry_point(s, p))),
-            ("PUT", f"{scope}/phases/([a-z0-9_]+)/entrypoint", lambda b, q, s, p: ok(edge.put_entry_point(s, p, b, dry(q)))),
+            (
+                "PUT",
+                f"{scope}/phases/([a-z0-9_]+)/entrypoint",
+                lambda b, q, s, p: ok(edge.put_entry_point(s, p, b, dry(q))),
+            ),
             ("GET", f"{scope}/({ID})", lambda _b, _q, s, i: ok(edge.ruleset(s, i))),
             ("PUT", f"{scope}/({ID})", lambda b, q, s, i: ok(edge.put_ruleset(s, i, b, dry(q)))),
             ("DELETE", f"{scope}/({ID})", lambda _b, q, s, i: (204, edge.delete_ruleset(s, i, dry(q)), {})),
@@ -134,10 +138,9 @@ class Api:
                 raise ApiError(401, 1000, "Invalid API Token")
             raise ApiError(403, 10000, "Authentication error")
         kind, _, rest = path.lstrip("/").partition("/")
-        given = rest.partition("/")[0]
-        if kind in ("zones", "accounts") and re.fullmatch(ID, given):
-            if given != (self.edge.zone if kind == "zones" else self.edge.account):
-                raise ApiError(403, 10000, "Authentication error")
+        given, ours = rest.partition("/")[0], {"zones": self.edge.zone, "accounts": self.edge.account}
+        if re.fullmatch(ID, given) and given != ours.get(kind, given):
+            raise ApiError(403, 10000, "Authentication error")
 
     def _route(self, method: str, path: str, query: Query, body: Any) -> Answer:
         kind, _, rest = path.lstrip("/").partition("/")
@@ -172,7 +175,10 @@ class Api:
 
     def control(self, method: str, path: str, query: Query, body: Any) -> Any:
         """The paths of the lab itself."""
-        verb, numbers = (method, path), {key: int(value) for key, value in query.items() if re.fullmatch(r"-?\d+", value)}
+        verb, numbers = (
+            (method, path),
+            {key: int(value) for key, value in query.items() if re.fullmatch(r"-?\d+", value)},
+        )
         with self.edge.lock:
             if verb == ("GET", "/lab/dump"):
                 return self.edge.dump()
@@ -301,7 +307,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._envelope(500, None, {"errors": [{"code": 10002, "message": "internal error"}]})
 
     def _envelope(self, status: int, result: Any, more: Json, headers: dict[str, str] | None = None) -> None:
-        limits = {"Ratelimit": '"default";r=1100;t=240', "Ratelimit-Policy": '"default";q=1200;w=300', **(headers or {})}
+        limits = {
+            "Ratelimit": '"default";r=1100;t=240',
+            "Ratelimit-Policy": '"default";q=1200;w=300',
+            **(headers or {}),
+        }
         if status == 204:
             self._send(204, b"", "application/json", limits)
             return
@@ -344,7 +354,13 @@ def die_with_parent(parent: int) -> None:
 def main() -> None:
     parent = os.getppid()
     parser = argparse.ArgumentParser(prog="lab.doubles.cloudflare")
-    for option, kind in (("--port", int), ("--proxy-port", int), ("--origin", str), ("--account-id", str), ("--zone-id", str)):
+    for option, kind in (
+        ("--port", int),
+        ("--proxy-port", int),
+        ("--origin", str),
+        ("--account-id", str),
+        ("--zone-id", str),
+    ):
         parser.add_argument(option, type=kind, required=True)
     parser.add_argument("--plan", choices=("free", "pro", "business", "enterprise"), default="enterprise")
     parser.add_argument("--rules", type=int, default=3, help="rules of others at start")
@@ -353,7 +369,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     edge = Edge(given.account_id, given.zone_id, given.plan)
     edge.seed(given.rules, 3)
-    servers = [Server(given.port, Api(edge, os.environ["LAB_CLOUDFLARE_TOKEN"])), Proxy(given.proxy_port, edge, given.origin)]
+    servers = [
+        Server(given.port, Api(edge, os.environ["LAB_CLOUDFLARE_TOKEN"])),
+        Proxy(given.proxy_port, edge, given.origin),
+    ]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     print("ready", flush=True)

@@ -91,7 +91,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         finally:
             origin.close()
-        kept = {name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP | {"content-length"}}
+        kept = {
+            name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP | {"content-length"}
+        }
         self._send(answer.status, content, kept)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -238,7 +238,9 @@ class Edge:
         if not action and "action_parameters" in fields:
             raise ApiError(400, 20125, "action is required for action parameters", f"{where}/action")
         if action not in ACTIONS or (action == "log" and self.plan != "enterprise"):
-            reason = f"'{action}' is not a valid value for action because the action is not allowed in the phase {PHASE}"
+            reason = (
+                f"'{action}' is not a valid value for action because the action is not allowed in the phase {PHASE}"
+            )
             raise ApiError(400, 20016, reason, f"{where}/action")
         if action == "skip" and not fields.get("action_parameters"):
             raise ApiError(400, 20125, "action parameters are required for action skip", f"{where}/action_parameters")
@@ -252,11 +254,17 @@ class Edge:
         try:
             parsed = Expression(text)
         except ExpressionError as error:
-            reason = f"could not parse filter expression: Filter parsing error (1:{error.position + 1}): {text} ^^^ {error}"
-            raise ApiError(400, 20127, f"'{text}' is not a valid value for expression because {reason}", pointer) from None
+            reason = (
+                f"could not parse filter expression: Filter parsing error (1:{error.position + 1}): {text} ^^^ {error}"
+            )
+            raise ApiError(
+                400, 20127, f"'{text}' is not a valid value for expression because {reason}", pointer
+            ) from None
         known = {each["name"] for each in self._lists.values()}
         for name in parsed.lists - known:
-            raise ApiError(400, 20127, f"'{text}' is not a valid value for expression because list ${name} is unknown", pointer)
+            raise ApiError(
+                400, 20127, f"'{text}' is not a valid value for expression because list ${name} is unknown", pointer
+            )
 
     def _write(self, scope: str, ruleset: Json, rules: list[Json], dry: bool) -> Json | None:
         if dry:
@@ -371,14 +379,20 @@ class Edge:
             raise ApiError(400, 10026, "filters.api.invalid_json")
         items = []
         for given in body:
-            if not isinstance(given, dict) or not set(given) <= {"ip", "comment"} or not isinstance(given.get("ip"), str):
+            if (
+                not isinstance(given, dict)
+                or not set(given) <= {"ip", "comment"}
+                or not isinstance(given.get("ip"), str)
+            ):
                 raise ApiError(400, 10026, "filters.api.invalid_json")
             items.append({**given, "ip": normalised(given["ip"])})
         return items
 
     def _refuse_while_busy(self) -> None:
         if self._work:
-            raise ApiError(429, 10040, "filters.api.pending: another operation is being processed, submit your request again later")
+            raise ApiError(
+                429, 10040, "filters.api.pending: another operation is being processed, submit your request again later"
+            )
 
     def _operation(self, work: Callable[[], str | None]) -> Json:
         self._refuse_while_busy()
@@ -428,9 +442,15 @@ class Edge:
         """Everything that a client can own; counters and times of what holds it are the service's."""
         with self.lock:
             self.settle()
-            rulesets = [{k: v for k, v in each.items() if k not in ("version", "last_updated")} for each in self._rulesets.values()]
+            rulesets = [
+                {k: v for k, v in each.items() if k not in ("version", "last_updated")}
+                for each in self._rulesets.values()
+            ]
             lists = [
-                {**{k: v for k, v in self._described(i).items() if k != "modified_on"}, "items": list(self._items[i].values())}
+                {
+                    **{k: v for k, v in self._described(i).items() if k != "modified_on"},
+                    "items": list(self._items[i].values()),
+                }
                 for i in self._lists
             ]
             return copy.deepcopy({"rulesets": rulesets, "lists": lists})
@@ -441,7 +461,9 @@ class Edge:
             scope = f"zones/{self.zone}"
             names = {each["name"] for each in self._lists.values()}
             if "office" not in names:
-                office = self.create_list({"name": "office", "kind": "ip", "description": "Ways out of the office"})["id"]
+                office = self.create_list({"name": "office", "kind": "ip", "description": "Ways out of the office"})[
+                    "id"
+                ]
                 self._store(office, [{"ip": "203.0.113.0/24", "comment": "office"}, {"ip": "2001:db8:0:1::/64"}], False)
             if "scanners" not in names:
                 scanners = self.create_list({"name": "scanners", "kind": "ip"})["id"]
@@ -453,7 +475,11 @@ class Edge:
     def add_foreign(self, rule: Json | None) -> None:
         with self.lock:
             scope = f"zones/{self.zone}"
-            rule = rule or {"action": "block", "expression": 'http.request.uri.path eq "/foreign"', "description": "by hand"}
+            rule = rule or {
+                "action": "block",
+                "expression": 'http.request.uri.path eq "/foreign"',
+                "description": "by hand",
+            }
             try:
                 self.add_rule(scope, self.entry_point(scope, PHASE)["id"], rule, False)
             except ApiError as error:
@@ -464,7 +490,12 @@ class Edge:
 
 def _foreign(number: int) -> Json:
     kinds: list[Json] = [
-        {"action": "skip", "action_parameters": {"ruleset": "current"}, "expression": "ip.src in $office", "description": "office"},
+        {
+            "action": "skip",
+            "action_parameters": {"ruleset": "current"},
+            "expression": "ip.src in $office",
+            "description": "office",
+        },
         {"action": "block", "expression": "ip.src in $scanners", "description": "scanners"},
         {"action": "managed_challenge", "expression": 'ip.geoip.country eq "T1" and http.request.uri.path eq "/login"'},
     ]
