@@ -25,6 +25,7 @@ FAULTS = ("refused", "lost", "failed after", "killed before", "killed after")
 
 class _Quiet(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Any
 
     def log_message(self, format: str, *args: Any) -> None:
