@@ -87,16 +87,14 @@ class Evidence:
         return sorted(needed)
 
     def begun(self, references: list[str]) -> float | None:
-        """When the export behind these references was begun; None where nobody tried."""
-        starts = []
-        for reference in references:
-            host = self._split(reference)[0]
-            if self._case is None:
-                continue
-            stream = self._case.stream(host, evidence=True)
-            stream.load()
-            starts += [float(item["at"]) for item in stream.live if "at" in item]
-        return min(starts) if starts else None
+        """When preserving began, in this round, for what these references name; None where nobody preserves."""
+        if self._case is None or not references:
+            return None
+        names = self._case.store.list(f"{self._case.id}/journal/{_case.RUN}")
+        for entry in self._case.fetch([(_case.RUN, int(name.removesuffix(".json"))) for name in names]):
+            if entry.body.get("begins") == "preserve" and entry.doc["round"] == self._round:
+                return float(entry.body["at"])
+        return None
 
     def _manifest(self, reference: str) -> dict[str, Any] | None:
         data = self._stored(reference)

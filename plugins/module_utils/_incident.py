@@ -83,11 +83,10 @@ def fold(entries: Iterable[Entry]) -> dict[str, Any]:
         elif entry.kind == "closed":
             state["status"] = "Resolved"
             state["closed"] = True
-        elif entry.kind == "phase":
-            phase = state.setdefault("phases", {}).setdefault(f"{entry.doc['round']}/{body['phase']}", {})
-            phase[body["state"]] = body["at"]
-        elif entry.kind == "seal":
+        if entry.kind == "seal":
             state["seals"].append({"turn": body["turn"], "digest": entry.digest, "heads": body["heads"]})
+        if body.get("begins"):
+            state.setdefault("phases", {}).setdefault(f"{entry.doc['round']}/{body['begins']}", body["at"])
         state.update(body.get("set") or {})
         if "begins_round" in body:
             state["rounds"].setdefault(str(body["begins_round"]), body["at"])
@@ -113,14 +112,15 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
         claims = store.list(f"keys/{key}")
         newest = int(claims[-1]) if claims else 0
         case = _claimed(store, key, newest, params, context) if newest else None
-        if case is not None:
-            head = _head(case)
-            if head is None:
-                opened = _write_opened(case, key, params, context)
-                if opened is not None:
-                    return case, opened
-                continue
-            if not _over(case) and not (params.get("new") and not _ours(case, context)):
+        head = _head(case) if case is not None else None
+        if case is not None and head is None and not context.check_mode:
+            opened = _write_opened(case, key, params, context)
+            if opened is not None:
+                return case, opened
+            continue
+        # The number that a claim names may have gone to another key.
+        if case is not None and head is not None and head.body.get("key") == key and not state_of(case).get("closed"):
+            if not params.get("new") or head.run == context.run_id:
                 return case, False
         if context.check_mode:
             raise LookupError
@@ -131,13 +131,9 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
 
 
 def _claimed(store: Store, key: str, number: int, params: dict[str, Any], context: Context) -> Case | None:
-    """The incident that a claim names, unless that number went to another key."""
+    """The incident that a claim names."""
     data = store.get(f"keys/{key}/{number:06d}")
-    if data is None:
-        return None
-    case = Case(store, json.loads(data)["id"], params, context)
-    head = _head(case)
-    return case if head is None or head.body.get("key") == key else None
+    return None if data is None else Case(store, json.loads(data)["id"], params, context)
 
 
 def _head(case: Case) -> Entry | None:
@@ -145,15 +141,6 @@ def _head(case: Case) -> Entry | None:
     if case.store.get(f"{case.id}/journal/{RUN}/00000001.json") is None:
         return None
     return Stream(case, RUN).entry(1)
-
-
-def _over(case: Case) -> bool:
-    return bool(state_of(case).get("closed"))
-
-
-def _ours(case: Case, context: Context) -> bool:
-    head = _head(case)
-    return head is not None and head.run == context.run_id
 
 
 def next_id(store: Store) -> str:

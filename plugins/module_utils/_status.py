@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
-from ._case import RUN, Case, Entry, spooled
-from ._incident import PHASES, TARGETS, state_of
+from ._case import RUN, Case, Entry, encode_host, spooled
+from ._incident import PHASES, TARGETS, entries_of, state_of
 from ._verify import turn_of
 
 
-def status(case: Case, round_number: int) -> dict[str, Any]:
-    """Everything that the last screen and a release need."""
+def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dict[str, Any]:
+    """Everything that the last screen and a release need. Of ``hosts`` each must have been reached in this round."""
+    run = entries_of(case, RUN)
     state = state_of(case)
     streams = case.streams()
     places = [
@@ -28,7 +30,7 @@ def status(case: Case, round_number: int) -> dict[str, Any]:
             "id": case.id,
             **{key: value for key, value in state.items() if key not in ("key", "seals", "phases")},
         },
-        "phases": _phases(state, round_number),
+        "phases": _phases(state, round_number, [*run, *(entry for entries in by_stream.values() for entry in entries)]),
         "done": [],
         "open": [],
         "irreversible": [],
@@ -45,17 +47,32 @@ def status(case: Case, round_number: int) -> dict[str, Any]:
             if item.get("reversible"):
                 turns.add(turn_of(state["seals"], name, item["seq"]))
     result["turns"] = sorted(turns, reverse=True)
+    for host in hosts or []:
+        if not any(entry.doc["round"] == round_number for name in by_stream if _is_of(name, host) for entry in by_stream[name]):
+            result["open"].append({"host": host, "control": "-", "state": "untouched", "why": "no control of this round ran there"})
     return result
 
 
-def _phases(state: dict[str, Any], round_number: int) -> list[dict[str, Any]]:
+def _is_of(stream: str, host: str) -> bool:
+    return stream.removesuffix(".evidence") == encode_host(host)
+
+
+def _phases(state: dict[str, Any], round_number: int, entries: list[Entry]) -> list[dict[str, Any]]:
+    """Each phase from its beginning to its last entry; phases overlap, so that a slow export delays its own system only."""
     shown = []
     for name in PHASES:
-        times = state["phases"].get(f"{round_number}/{name}", {})
-        if "begin" in times:
-            seconds = round(times["end"] - times["begin"], 3) if "end" in times else None
-            shown.append({"name": name, "seconds": seconds, "target_seconds": TARGETS[name]})
+        begun = state["phases"].get(f"{round_number}/{name}")
+        times = [seconds_of(entry) for entry in entries if entry.doc["phase"] == name and entry.doc["round"] == round_number]
+        if begun is None and not times:
+            continue
+        begin = min([begun, *times]) if begun is not None else min(times)
+        shown.append({"name": name, "seconds": round(max([begin, *times]) - begin, 3), "target_seconds": TARGETS[name]})
     return shown
+
+
+def seconds_of(entry: Entry) -> float:
+    moment = datetime.datetime.strptime(entry.doc["time"], "%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.replace(tzinfo=datetime.UTC).timestamp()
 
 
 def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
@@ -150,9 +167,8 @@ def screen(seen: dict[str, Any]) -> list[str]:
         ]
     lines += ["", "phase         seconds   target"]
     for phase in seen["phases"]:
-        seconds = "running" if phase["seconds"] is None else f"{phase['seconds']:.1f}"
-        late = "  LATE" if phase["seconds"] is not None and phase["seconds"] > phase["target_seconds"] else ""
-        lines.append(f"  {phase['name']:<12}{seconds:>7}{phase['target_seconds']:>9}{late}")
+        late = "  LATE" if phase["seconds"] > phase["target_seconds"] else ""
+        lines.append(f"  {phase['name']:<12}{phase['seconds']:>7.1f}{phase['target_seconds']:>9}{late}")
     for title, key, text in (
         ("done", "done", lambda one: f"{one['action']} {one['target']}"),
         ("cannot be undone", "irreversible", lambda one: f"{one['action']} {one['target']}: {one['why']}"),

@@ -16,12 +16,12 @@ from ._errors import FirebreakError
 from ._incident import entries_of
 
 
-def seal(case: Case) -> Entry:
-    """Name the heads of all streams in one entry; its number is the turn."""
+def seal(case: Case, begins: str | None = None) -> Entry:
+    """Name the heads of all streams in one entry; its number is the turn. A phase may begin with it."""
     heads = {name: [entry.seq, entry.digest] for name, entry in case.heads().items()}
     heads.pop(RUN, None)
     turns = [entry.body["turn"] for entry in entries_of(case, RUN) if entry.kind == "seal"]
-    return case.record(RUN, "seal", {"turn": max(turns, default=0) + 1, "heads": heads})
+    return case.record(RUN, "seal", {"turn": max(turns, default=0) + 1, "heads": heads, "begins": begins, "at": case.context.clock()})
 
 
 def turn_of(seals: list[dict[str, Any]], stream: str, seq: int) -> int:

@@ -26,10 +26,9 @@ options:
   text:
     description: What happened. Required for V(note), V(decision) and V(notified).
     type: str
-  state:
-    description: Whether the phase begins or ends. Required for V(phase).
+  begins:
+    description: For V(seal) and V(phase), the phase that begins now.
     type: str
-    choices: [begin, end]
   approves:
     description: The controls that a V(decision) approves, for O(two_person).
     type: list
@@ -89,7 +88,7 @@ SPEC: dict[str, Any] = {
     "argument_spec": {
         "kind": {"type": "str", "required": True, "choices": ["note", "decision", "phase", "seal", "failed", "notified"]},
         "text": {"type": "str"},
-        "state": {"type": "str", "choices": ["begin", "end"]},
+        "begins": {"type": "str"},
         "approves": {"type": "list", "elements": "str"},
         "role": {"type": "str"},
         "audience": {"type": "str"},
@@ -99,7 +98,7 @@ SPEC: dict[str, Any] = {
     "required_if": [
         ("kind", "note", ["text"]),
         ("kind", "decision", ["text"]),
-        ("kind", "phase", ["state", "phase"]),
+        ("kind", "phase", ["begins"]),
         ("kind", "failed", ["role"]),
         ("kind", "notified", ["text", "audience"]),
     ],
@@ -108,7 +107,7 @@ BODIES: dict[str, list[str]] = {
     "note": ["text"],
     "decision": ["text", "approves"],
     "notified": ["text", "audience", "sent"],
-    "phase": ["phase", "state"],
+    "phase": ["begins"],
 }
 
 
@@ -121,7 +120,7 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
     if params["kind"] == "failed":
         return _failed(case, params, context) or nothing
     if params["kind"] == "seal":
-        entry = _verify.seal(case)
+        entry = _verify.seal(case, params["begins"])
         _incident.view(case)
     else:
         body = {name: params[name] for name in BODIES[params["kind"]]} | {"at": context.clock()}

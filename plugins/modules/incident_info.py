@@ -17,6 +17,10 @@ extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common
 options:
+  hosts:
+    description: The affected hosts. One that no control of this round reached counts as open.
+    type: list
+    elements: str
   show:
     description: Whether the last screen of a run is printed.
     type: bool
@@ -100,6 +104,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
 
 SPEC: dict[str, Any] = {
     "argument_spec": {
+        "hosts": {"type": "list", "elements": "str"},
         "show": {"type": "bool", "default": False},
         "require_contained": {"type": "bool", "default": False},
     },
@@ -107,7 +112,7 @@ SPEC: dict[str, Any] = {
 
 
 def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
-    seen = _status.status(client, params["round"])
+    seen = _status.status(client, params["round"], params["hosts"])
     if params["show"]:
         seen["screen"] = _status.screen(seen)
     if params["require_contained"] and (seen["open"] or seen["spooled"]):
