@@ -3,16 +3,19 @@
 """A double of Vault 1.21 for the lab: ``python -m lab.doubles.vault --port N``.
 
 The root token comes from the environment (``VAULT_DEV_ROOT_TOKEN``). As in a dev server the store is in memory, the
-server is unsealed and ``secret/`` is a versioned key-value mount. It says ``ready`` once it listens, and ends with its parent.
+server is unsealed and ``secret/`` is a versioned key-value mount. It says ``ready`` once it listens, and ends with its
+parent.
 
 Beside Vault's ``/v1/`` there is ``/lab/``:
 
-* ``POST /lab/faults`` adds a fault, or a list of them; ``GET`` shows them, ``DELETE`` ends them all. Fields: ``method`` and
-  ``path`` (a regular expression, searched in path and query), ``nth`` (which matching request is the first to suffer; 1),
-  ``times`` (how many; 1, and 0 for all that follow), ``do`` (``drop``, ``status`` or ``delay``), ``when`` (``before`` or
-  ``after`` the request has had its effect; after), ``status`` (500), ``location`` (of a 307), ``seconds`` (of a delay).
-* ``GET /lab/log`` shows the requests so far, ``DELETE`` forgets them. Of a body it has an HMAC only, under the root token.
-* ``POST /lab/clock {"seconds": N}`` moves the server's time.
+* ``POST /lab/faults`` adds a fault, or a list of them; ``GET`` shows them, ``DELETE`` ends them all. Fields: ``method``
+  and ``path`` (a regular expression, searched in path and query), ``nth`` (which matching request is the first to
+  suffer; 1), ``times`` (how many; 1, and 0 for all that follow), ``do`` (``drop``, ``status`` or ``delay``), ``when``
+  (``before`` or ``after`` the request has had its effect; after), ``status`` (500), ``location`` (of a 307),
+  ``seconds`` (of a delay).
+* ``GET /lab/log`` shows the requests so far, ``DELETE`` forgets them. Of a body it has an HMAC only, keyed with the root
+  token.
+* ``POST /lab/clock {"seconds": N}`` sets how far the server's time is ahead.
 """
 
 from __future__ import annotations
@@ -118,6 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    wbufsize = -1  # head and body in one packet; the end of a request flushes
     server: Server
 
     def serve(self) -> None:
@@ -231,10 +235,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         if status != 204:
             self.send_header("Content-Length", str(len(content)))
-        self._headers_buffer.append(b"\r\n")
+        self.end_headers()
         if self.command != "HEAD":
-            self._headers_buffer.append(content)
-        self.flush_headers()  # head and body in one packet
+            self.wfile.write(content)
 
     # --- /lab/
 

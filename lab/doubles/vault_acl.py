@@ -60,7 +60,7 @@ def parse(text: str) -> Rules:
     for path, body in _paths(text):
         path = path.removeprefix("/")
         if "+*" in path:
-            raise BadPolicy(f'path "{path}": invalid use of wildcards (\'+*\' is forbidden)')
+            raise BadPolicy(f"path \"{path}\": invalid use of wildcards ('+*' is forbidden)")
         rules[path] = merge(rules.get(path), _capabilities(path, body))
     return {path: given for path, given in rules.items() if "{{" not in path}  # nobody here has an identity
 

@@ -31,7 +31,9 @@ SUDO = re.compile(
 )
 OPEN = re.compile(r"sys/(health|seal-status|leader|init)$")
 # These repeat the keys of `data` at the top of their answer.
-REPEATED = re.compile(r"sys/(audit|auth|mounts|policy|policy/.*|capabilities|capabilities-self|capabilities-accessor|audit-hash/.*)$")
+REPEATED = re.compile(
+    r"sys/(audit|auth|mounts|policy|policy/.*|capabilities|capabilities-self|capabilities-accessor|audit-hash/.*)$"
+)
 
 
 class Engine(Protocol):

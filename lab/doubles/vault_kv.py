@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -48,6 +49,10 @@ class Key:
     updated_by: dict[str, str] | None = None
 
 
+# None is an empty answer: 204, or for a read 404.
+Handler = Callable[[Call, str], Answer | None]
+
+
 class KeyValue:
     """One mount. ``answer`` is called under the server's lock."""
 
@@ -65,10 +70,7 @@ class KeyValue:
 
     def answer(self, call: Call) -> Answer | None:
         area, _, name = call.path.partition("/")
-        if call.path == "config":
-            handlers = {"read": self.read_config, "update": self.write_config}
-        else:
-            handlers = self._handlers(area, name)
+        handlers = self._handlers(area, name)
         if not handlers:
             return self._invalid(call)
         operation = "update" if call.operation == "create" else call.operation
@@ -76,12 +78,14 @@ class KeyValue:
             raise Refused(405, "unsupported operation", wrapped=True)
         return handlers[operation](call, name)
 
-    def _handlers(self, area: str, name: str) -> dict[str, Any]:
+    def _handlers(self, area: str, name: str) -> dict[str, Handler]:
+        if area == "config" and not name:
+            return {"read": self.read_config, "update": self.write_config}
         if area == "metadata" and (not name or name.endswith("/")):
             return {"list": self.list_keys}
         if not name or name.endswith("/"):
             return {}
-        return {
+        areas: dict[str, dict[str, Handler]] = {
             "data": {
                 "read": self.read_data,
                 "update": self.write_data,
@@ -99,7 +103,8 @@ class KeyValue:
             "delete": {"update": self.delete_versions},
             "undelete": {"update": self.undelete_versions},
             "destroy": {"update": self.destroy_versions},
-        }.get(area, {})
+        }
+        return areas.get(area, {})
 
     @staticmethod
     def _invalid(call: Call) -> Answer:
@@ -415,9 +420,7 @@ def _custom(given: dict[str, Any]) -> dict[str, str]:
             errors.append(f'{CUSTOM}: length of key "{key}" is {len(key.encode())} but must be 0 < len(key) <= 128')
         size = len(custom[key].encode())
         if not 0 < size <= 512:
-            errors.append(
-                f'{CUSTOM}: length of value for key "{key}" is {size} but must be 0 < len(value) <= 512'
-            )
+            errors.append(f'{CUSTOM}: length of value for key "{key}" is {size} but must be 0 < len(value) <= 512')
         if not key.isprintable():
             errors.append(f'{CUSTOM}: key "{key}" ({key}) contains unprintable characters')
         if not custom[key].isprintable():

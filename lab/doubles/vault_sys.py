@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import re
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lab.doubles.vault_audit import Device
@@ -37,6 +39,7 @@ class System:
                 r"(?P<kind>policy|policies/acl)/(?P<name>[^/]+)$",
                 {"read": self.policy, "update": self.write_policy, "delete": self.delete_policy},
             ),
+            (r"capabilities$", {"update": self.capabilities}),
             (r"capabilities-self$", {"update": self.capabilities}),
             (r"capabilities-accessor$", {"update": self.capabilities}),
             (r"audit$", {"read": self.audit}),
@@ -54,7 +57,7 @@ class System:
                 continue
             if call.operation not in handlers:
                 raise Refused(405, "unsupported operation", wrapped=True)
-            handler: Any = handlers[call.operation]
+            handler: Callable[..., Answer | None] = handlers[call.operation]
             return handler(call, **found.groupdict())
         raise Refused(404, "unsupported path", wrapped=True)
 
@@ -154,10 +157,8 @@ class System:
             raise Refused(400, "'policy' parameter not supplied or empty")
         if name.lower() in ("root", "response-wrapping", "control-group"):
             raise Refused(400, f'cannot update "{name.lower()}" policy')
-        try:
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):  # plain text, as nearly always
             text = base64.b64decode(text, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
-            pass  # plain text, as nearly always
         self.core.set_policy(name.lower(), text)
         return Answer(warnings=[f"policy name was converted to {name.lower()}"]) if name != name.lower() else None
 
@@ -174,6 +175,11 @@ class System:
             found = self.core.tokens.by_accessor(str(call.data.get("accessor") or ""))
             if not found:
                 raise Refused(400, "invalid accessor", wrapped=True)
+            token = found
+        elif call.path == "capabilities":
+            found = self.core.tokens.find(str(call.data.get("token") or ""))
+            if not found:
+                raise Refused(400, "invalid token", wrapped=True)
             token = found
         given = call.data.get("paths") or call.data.get("path") or []
         paths = given.split(",") if isinstance(given, str) else given

@@ -204,13 +204,20 @@ ROWS: dict[str, list[Step]] = {
     "destroy without versions": [
         Step("PUT", "secret/destroy/<k>", {"versions": []}, 400, errors("no version number provided"))
     ],
-    "versions as text": [write(), write(2), Step("PUT", "secret/destroy/<k>", {"versions": "1,2"}, 204), Step("GET", META)],
+    "versions as text": [
+        write(),
+        write(2),
+        Step("PUT", "secret/destroy/<k>", {"versions": "1,2"}, 204),
+        Step("GET", META),
+    ],
     # --- KV: metadata
     "metadata of nothing": [Step("GET", META, status=404)],
     "metadata": [
         write(),
         write(2),
-        Step("GET", META, has={"data.current_version": 2, "data.oldest_version": 0, "data.versions.1.deleted_by": None}),
+        Step(
+            "GET", META, has={"data.current_version": 2, "data.oldest_version": 0, "data.versions.1.deleted_by": None}
+        ),
     ],
     "metadata first": [
         Step("POST", META, {"custom_metadata": {"owner": "x"}}, 204),
@@ -302,7 +309,9 @@ ROWS: dict[str, list[Step]] = {
         Step("GET", "<k>/config", has={"data.cas_required": True, "data.max_versions": 1}),
         Step("POST", "<k>/data/x", {"data": {}}, 400, errors("check-and-set parameter required")),
         Step("POST", "<k>/metadata/x", {"cas_required": False}, 200),
-        Step("POST", "sys/mounts/<k>", {"type": "kv", "options": {"version": "2"}}, 400, errors("path is already in use")),
+        Step(
+            "POST", "sys/mounts/<k>", {"type": "kv", "options": {"version": "2"}}, 400, errors("path is already in use")
+        ),
         Step("DELETE", "sys/mounts/<k>", status=204),
         Step("GET", "<k>/config", status=404),
     ],
@@ -343,7 +352,9 @@ ROWS: dict[str, list[Step]] = {
         by(Step("GET", DATA, status=404)),
     ],
     "root's policy": [Step("PUT", "sys/policies/acl/root", {"policy": RW}, 400, errors('cannot update "root" policy'))],
-    "default's end": [Step("DELETE", "sys/policies/acl/default", status=400, has=errors("cannot delete default policy"))],
+    "default's end": [
+        Step("DELETE", "sys/policies/acl/default", status=400, has=errors("cannot delete default policy"))
+    ],
     "create without update": [
         policy('path "secret/data/*" { capabilities = ["create"] }'),
         token(),
@@ -412,22 +423,37 @@ ROWS: dict[str, list[Step]] = {
         token(),
         by(Step("GET", "sys/audit", status=403, has=DENIED)),
         by(Step("LIST", "auth/token/accessors", status=403, has=DENIED)),
-        policy('path "sys/audit" {capabilities = ["read", "sudo"]} path "auth/token/accessors" {capabilities = ["list", "sudo"]}'),
+        policy(
+            'path "sys/audit" {capabilities = ["read", "sudo"]} path "auth/token/accessors" {capabilities = ["list", "sudo"]}'
+        ),
         by(Step("GET", "sys/audit")),
         by(Step("LIST", "auth/token/accessors", ignore="/keys/")),
     ],
     "capabilities": [
-        policy('# comment\npath "secret/data/*" { capabilities = ["read", "create", "sudo"] } /* more */\npath "a/+/c" { policy = "read" }'),
+        policy(
+            '# comment\npath "secret/data/*" { capabilities = ["read", "create", "sudo"] } /* more */\npath "a/+/c" { policy = "read" }'
+        ),
         token(),
         by(Step("POST", "sys/capabilities-self", {"paths": [DATA, "a/b/c", "a/b/c/", "b", "sys/audit"]})),
         by(Step("POST", "sys/capabilities-self", {"paths": [DATA]}, has={"capabilities": ["create", "read", "sudo"]})),
         Step("POST", "sys/capabilities-self", {"paths": [DATA]}, has={"capabilities": ["root"]}),
-        Step("POST", "sys/capabilities-accessor", {"accessor": "<accessor>", "paths": [DATA, "b"]}, has={"b": ["deny"]}),
+        Step(
+            "POST", "sys/capabilities-accessor", {"accessor": "<accessor>", "paths": [DATA, "b"]}, has={"b": ["deny"]}
+        ),
         Step("POST", "sys/capabilities-accessor", {"accessor": "no", "paths": ["b"]}, 400, errors("invalid accessor")),
+        Step(
+            "POST",
+            "sys/capabilities",
+            {"token": "<token>", "paths": [DATA]},
+            has={f"data.{DATA}": ["create", "read", "sudo"]},
+        ),
+        Step("POST", "sys/capabilities", {"token": "hvs.no", "paths": [DATA]}, 400, errors("invalid token")),
         by(Step("POST", "sys/capabilities-self", {}, 400, errors("paths must be supplied"))),
     ],
     "capabilities of a list": [
-        policy('path "secret/metadata/<k>/*" { capabilities = ["list"] } path "secret/metadata/x" { capabilities = ["list"] }'),
+        policy(
+            'path "secret/metadata/<k>/*" { capabilities = ["list"] } path "secret/metadata/x" { capabilities = ["list"] }'
+        ),
         token(),
         by(Step("POST", "sys/capabilities-self", {"paths": [META, f"{META}/", f"{META}/b", "secret/metadata/x/"]})),
     ],
@@ -442,7 +468,9 @@ ROWS: dict[str, list[Step]] = {
     ],
     "token for ever": [Step("POST", "auth/token/create", {"policies": ["default"], "explicit_max_ttl": "2h"})],
     "token with a period": [
-        Step("POST", "auth/token/create", {"policies": ["default"], "period": "1h"}, keep={"token": "auth.client_token"}),
+        Step(
+            "POST", "auth/token/create", {"policies": ["default"], "period": "1h"}, keep={"token": "auth.client_token"}
+        ),
         by(Step("GET", "auth/token/lookup-self")),
         by(Step("POST", "auth/token/renew-self", {}, has={"auth.renewable": True})),
         by(Step("GET", "auth/token/lookup-self")),
@@ -451,7 +479,12 @@ ROWS: dict[str, list[Step]] = {
     "token without default": [Step("POST", "auth/token/create", {"policies": ["<k>"], "no_default_policy": True})],
     "root by default": [Step("POST", "auth/token/create", {}, has={"auth.policies": ["root"]})],
     "batch token": [
-        Step("POST", "auth/token/create", {"type": "batch", "policies": ["default"], "ttl": "1h"}, keep={"token": "auth.client_token"}),
+        Step(
+            "POST",
+            "auth/token/create",
+            {"type": "batch", "policies": ["default"], "ttl": "1h"},
+            keep={"token": "auth.client_token"},
+        ),
         by(Step("GET", "auth/token/lookup-self", has={"data.type": "batch", "data.accessor": ""})),
         Step("POST", "auth/token/revoke", {"token": "<token>"}, 400, errors("batch tokens cannot be revoked")),
     ],
@@ -490,7 +523,9 @@ ROWS: dict[str, list[Step]] = {
         by(Step("GET", "auth/token/lookup-self", status=403, has=errors("invalid token"))),
     ],
     "a token that may be used twice": [
-        Step("POST", "auth/token/create", {"policies": ["default"], "num_uses": 2}, keep={"token": "auth.client_token"}),
+        Step(
+            "POST", "auth/token/create", {"policies": ["default"], "num_uses": 2}, keep={"token": "auth.client_token"}
+        ),
         by(Step("GET", "auth/token/lookup-self", has={"data.num_uses": 1})),
         by(Step("GET", "auth/token/lookup-self")),
         by(Step("GET", "auth/token/lookup-self", status=403, has=errors("invalid token"))),
@@ -498,19 +533,48 @@ ROWS: dict[str, list[Step]] = {
     "more than the parent has": [
         policy('path "auth/token/create" { capabilities = ["create", "update"] }'),
         token(),
-        by(Step("POST", "auth/token/create", {"policies": ["other"]}, 400, errors("child policies must be subset of parent"))),
-        by(Step("POST", "auth/token/create", {"policies": ["root"]}, 400, errors("child policies must be subset of parent"))),
+        by(
+            Step(
+                "POST",
+                "auth/token/create",
+                {"policies": ["other"]},
+                400,
+                errors("child policies must be subset of parent"),
+            )
+        ),
+        by(
+            Step(
+                "POST",
+                "auth/token/create",
+                {"policies": ["root"]},
+                400,
+                errors("child policies must be subset of parent"),
+            )
+        ),
         by(Step("POST", "auth/token/create", {"no_parent": True}, 400, errors("root or sudo privileges required"))),
         by(Step("POST", "auth/token/create", {"id": "x"}, 400, errors("root or sudo privileges required"))),
     ],
     "a verb that a token path does not know": [Step("DELETE", "auth/token/lookup-self", status=405)],
     # --- mounts, audit, transit
-    "mounts": [Step("GET", "sys/mounts", has={"secret/.type": "kv", "secret/.options": {"version": "2"}}, ignore="(sys|identity|cubbyhole)/|/running_plugin_version")],
+    "mounts": [
+        Step(
+            "GET",
+            "sys/mounts",
+            has={"secret/.type": "kv", "secret/.options": {"version": "2"}},
+            ignore="(sys|identity|cubbyhole)/|/running_plugin_version",
+        )
+    ],
     "auth methods": [Step("GET", "sys/auth", has={"token/.type": "token"}, ignore="/running_plugin_version")],
     "mount of an unknown kind": [Step("POST", "sys/mounts/<k>", {"type": "nothing"}, 400, loose=True)],
     "audit": [
         Step("PUT", "sys/audit/<k>", {"type": "file", "options": {"file_path": "discard"}}, 204),
-        Step("PUT", "sys/audit/<k>", {"type": "file", "options": {"file_path": "discard"}}, 400, errors("path already in use")),
+        Step(
+            "PUT",
+            "sys/audit/<k>",
+            {"type": "file", "options": {"file_path": "discard"}},
+            400,
+            errors("path already in use"),
+        ),
         Step("GET", "sys/audit", has={"data.<k>/.type": "file"}, loose=True),
         Step("POST", "sys/audit-hash/<k>", {"input": "x"}, has={"data.hash": "hmac-sha256:"}),
         Step("DELETE", "sys/audit/<k>", status=204),
