@@ -389,23 +389,28 @@ def test_readers_end_in_info(path: Path) -> None:
 def test_role(role: Path) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*", role.name)
     readme = (role / "README.md").read_text().lower()
-    assert [word for word in ("outcome", "input", "roll-back", "idempotent", "atomic") if word not in readme] == []
+    told = ("outcome", "inputs?|variables?", "undo|roll[ -]?back|way back", "idempotent", "atomic")
+    assert [words for words in told if not re.search(words, readme)] == []
     assert yaml.safe_load((role / "meta/main.yml").read_text())["galaxy_info"]["description"]
     specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]
-    assert set(specs) >= {path.stem for path in (role / "tasks").glob("*.yml") if not path.stem.startswith("_")}
+    assert "main" in specs
+    assert [name for name in specs if not (role / f"tasks/{name}.yml").exists()] == []
 
 
 @pytest.mark.parametrize("role", **relative(ROLES))
 def test_defaults_of_a_role_are_those_of_its_specs(role: Path) -> None:
     specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]
-    documented = {}
-    for spec in specs.values():
-        for name, option in (spec.get("options") or {}).items():
-            if "default" in option and name.startswith(f"{role.name}_"):
-                documented[name] = option["default"]
-    defaults = role / "defaults/main.yml"
-    given = (yaml.safe_load(defaults.read_text()) or {}) if defaults.exists() else {}
-    assert documented == given
+    options = {name: option for spec in specs.values() for name, option in (spec.get("options") or {}).items()}
+    file = role / "defaults/main.yml"
+    given = (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
+    assert set(given) <= set(options)
+    documented = {
+        name: option["default"]
+        for name, option in options.items()
+        if "default" in option and name.startswith(role.name)
+    }
+    assert documented == {name: given.get(name) for name in documented}
+    assert [name for name in given if name not in documented and "{{" not in str(given[name])] == []
 
 
 def test_nothing_beside_playbooks() -> None:
