@@ -29,7 +29,10 @@ lint:  ## style, types, documentation, licences, sanity, what Galaxy would say
 	@$(IN_VENV) python tools/lint.py $(ARGS)
 
 bench: environment  ## how fast it is, as ratios taken in one run
-	@$(IN_VENV) python -m pytest tests/bench -m bench -s -q $(ARGS)
+	@for file in tests/bench/bench_*.py; do \
+		name=$$(basename "$$file" .py) && printf '== %s\n' "$$name" && \
+		$(IN_VENV) python -m "tests.bench.$$name" || exit 1; \
+	done
 
 lab-up: environment  ## start the lab and leave it running
 	@$(IN_VENV) python -m lab up
