@@ -98,3 +98,14 @@ class Record:
     spec: dict[str, Any]
     write: Callable[[Any, dict[str, Any], Context], dict[str, Any]]
     opens: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A check that waits until it passes. ``probe`` returns ``passed`` and ``checks``; each check has a name and says why."""
+
+    name: str
+    service: Any
+    spec: dict[str, Any]
+    probe: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    deadline: float = 30.0
