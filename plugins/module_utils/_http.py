@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import queue
 import ssl
+import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from ._control import Context
 from ._errors import FirebreakError
 
 LONGEST_BODY = 1 << 20
@@ -82,3 +86,67 @@ def request(
     finally:
         if connection:
             connection.close()
+
+
+# What follows makes this file a service: the one of gates, whose checks bring their own addresses.
+
+SPEC: dict[str, Any] = {}
+
+
+def preload() -> None:
+    """The standard library is there."""
+
+
+def addresses(params: dict[str, Any]) -> list[str]:
+    urls = [check["url"] for check in params.get("checks") or []]
+    return urls + [check["then"]["url"] for check in params.get("checks") or [] if check.get("then")]
+
+
+def connect(params: dict[str, Any], context: Context) -> Client:
+    return Client(context)
+
+
+class Client:
+    """Every request is a connection of its own, as a new visitor's would be."""
+
+    def __init__(self, context: Context) -> None:
+        self.secret = context.secret
+        self.sleep = context.sleep
+
+    request = staticmethod(request)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+def in_parallel(work: Callable[[Any], Any], items: list[Any], width: int, seconds: float) -> list[Any]:
+    """One result an item, None where it did not end in time. What hangs (name resolution does) is left behind."""
+    results: list[Any] = [None] * len(items)
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    for number in range(len(items)):
+        todo.put(number)
+
+    def worker() -> None:
+        while True:
+            try:
+                number = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((number, work(items[number])))
+            except Exception as failure:
+                done.put((number, failure))
+
+    for _thread in range(min(width, len(items))):
+        threading.Thread(target=worker, daemon=True).start()
+    until = time.monotonic() + seconds
+    for _item in items:
+        try:
+            number, result = done.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return results
+        if isinstance(result, Exception):
+            raise result
+        results[number] = result
+    return results

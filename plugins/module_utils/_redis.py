@@ -233,7 +233,8 @@ class Client:
         code = getattr(exc, "status_code", None) or ""
         if isinstance(exc, sdk.AuthenticationError):
             return FirebreakError(
-                f"Redis, {action}: {code or 'NOAUTH'}: redis_username or redis_password is missing or wrong", effect="none"
+                f"Redis, {action}: {code or 'NOAUTH'}: redis_username or redis_password is missing or wrong",
+                effect="none",
             )
         if isinstance(exc, sdk.TimeoutError | TimeoutError):
             return FirebreakError(f"Redis, {action}: no answer in time from redis_host, redis_port", effect=effect)
@@ -242,7 +243,9 @@ class Client:
         if isinstance(exc, sdk.ReadOnlyError):
             return FirebreakError(f"Redis, {action}: READONLY: this server is a replica", effect="none")
         if isinstance(exc, sdk.NoPermissionError):
-            return FirebreakError(f"Redis, {action}: NOPERM: the ACL of redis_username does not allow it", effect=effect)
+            return FirebreakError(
+                f"Redis, {action}: NOPERM: the ACL of redis_username does not allow it", effect=effect
+            )
         if not code:
             code = next(iter(re.findall(r"^[A-Z]{3,20}(?= )", str(exc))), type(exc).__name__)
         return FirebreakError(f"Redis, {action}: the server answered {code}", effect=effect)
@@ -308,6 +311,7 @@ class _Watch:
             while (message := self._listener.read_response())[0] != b"pong":
                 names += message[-1] or []
         return names
+
 
 def _scan(connection: Any, match: bytes, count: int) -> Iterator[list[bytes]]:
     def ask(cursor: bytes) -> None:

@@ -19,8 +19,8 @@ description:
   - A crash before the mark is harmless. The same task finds the rest.
 notes:
   - It cannot be undone. The evidence of the sessions is exported before, or the engine refuses.
-  - The user of Redis needs C(HELLO), C(DBSIZE), C(SCAN), C(GET), C(MGET), C(EXISTS), C(SET) and C(UNLINK), and for sessions that are renewed
-    during the scan C(CLIENT TRACKING) with the channel C(__redis__:invalidate).
+  - The user of Redis needs C(HELLO), C(DBSIZE), C(SCAN), C(GET), C(MGET), C(EXISTS), C(SET) and C(UNLINK). For sessions that are renewed
+    during the scan it needs C(CLIENT TRACKING) and the channel C(__redis__:invalidate) too.
   - A replica, a sentinel and a node of a cluster are refused.
 extends_documentation_fragment:
   - firebreak.incident.attributes
