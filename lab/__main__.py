@@ -58,7 +58,9 @@ def _die_with_parent() -> None:
 def _detach(options: argparse.Namespace) -> int:
     """Start the supervisor apart from this terminal, wait for its word, and let go of it only then."""
     ours, theirs = socket.socketpair()
-    words = [sys.executable, "-m", "lab", "supervise", "--notify", str(theirs.fileno())] + (["--thief"] if options.thief else [])
+    words = [sys.executable, "-m", "lab", "supervise", "--notify", str(theirs.fileno())] + (
+        ["--thief"] if options.thief else []
+    )
     subprocess.Popen(  # it outlives us on purpose
         words,
         pass_fds=[theirs.fileno()],
@@ -99,7 +101,9 @@ def _tell(answer: dict[str, Any]) -> None:
     state = Lab().state
     for line in _table(state):
         print(line)
-    print(f"The lab is up after {state['ready_after']:.1f} s, the first login after {state['first_login_after']:.1f} s.")
+    print(
+        f"The lab is up after {state['ready_after']:.1f} s, the first login after {state['first_login_after']:.1f} s."
+    )
     print(f"Look around: . {_short(Path(state['dir']) / 'env')}    End it: python -m lab down", flush=True)
 
 
@@ -163,7 +167,9 @@ def drill(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab", description="Real servers on loopback, for drills and tests.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lab", description="Real servers on loopback, for drills and tests."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, call, text in (
         ("up", up, "start the lab, and return when it is healthy"),

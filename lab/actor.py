@@ -30,7 +30,9 @@ class Client:
 
     def __init__(self, url: str, source: str) -> None:
         parts = urlsplit(url)
-        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5, source_address=(source, 0))
+        self._connection = http.client.HTTPConnection(
+            parts.hostname or "", parts.port, timeout=5, source_address=(source, 0)
+        )
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any]]:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -57,7 +59,7 @@ class Ledger:
         self._summary = folder / f"{name}.json"
         self._marks = folder / "marks.json"
         self._summarise = summarise
-        self._lines = open(os.open(folder / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
+        self._lines = files.appending(folder / f"{name}.jsonl")
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.began = time.time()

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Database:
 
     def __init__(self, settings: Settings, env: Mapping[str, str]) -> None:
         self._settings = settings
-        self._where = {"host": env["PGHOST"], "port": env["PGPORT"], "dbname": env["PGDATABASE"], "user": env["PGUSER"]}
+        self._where = f"host={env['PGHOST']} port={env['PGPORT']} dbname={env['PGDATABASE']} user={env['PGUSER']}"
         self._free: queue.LifoQueue[psycopg.Connection[Any] | None] = queue.LifoQueue()
         for _ in range(8):
             self._free.put(None)
@@ -98,7 +99,9 @@ class Database:
 
     def _connect(self) -> psycopg.Connection[Any]:
         password = self._settings["DATABASE_PASSWORD"]
-        return psycopg.connect(**self._where, password=password, autocommit=True, connect_timeout=3, application_name="divan")
+        return psycopg.connect(
+            self._where, password=password, autocommit=True, connect_timeout=3, application_name="divan"
+        )
 
 
 class Application:
@@ -119,7 +122,9 @@ class Application:
     # Logins
 
     def login(self, body: dict[str, Any], address: str, correlation: str) -> dict[str, Any]:
-        rows = self._database.run("SELECT id, email, password_hash FROM users WHERE email = %s", (str(body.get("email")),))
+        rows = self._database.run(
+            "SELECT id, email, password_hash FROM users WHERE email = %s", (str(body.get("email")),)
+        )
         if not rows or not check_password(str(body.get("password")), rows[0][2]):
             self._audit(str(body.get("email"))[:100], "login_failed", address, correlation)
             raise Refused(401, "wrong email or password")
@@ -212,7 +217,10 @@ class Application:
         return {"hmac": hmac.digest(self.settings[name].encode(), bytes.fromhex(nonce), "sha256").hex()}
 
     def health(self) -> dict[str, Any]:
-        checks: dict[str, Callable[[], Any]] = {"database": lambda: self._database.run("SELECT 1"), "sessions": self._tokens.ping}
+        checks: dict[str, Callable[[], Any]] = {
+            "database": lambda: self._database.run("SELECT 1"),
+            "sessions": self._tokens.ping,
+        }
         seen = {}
         for name, check in checks.items():
             try:
@@ -230,7 +238,10 @@ class Application:
         lines = ["# TYPE divan_http_requests_total counter"]
         for (method, path, status), count in sorted(counted.items()):
             lines.append(f'divan_http_requests_total{{method="{method}",path="{path}",status="{status}"}} {count}')
-        lines += ["# TYPE divan_database_writes_skipped_total counter", f"divan_database_writes_skipped_total {skipped}"]
+        lines += [
+            "# TYPE divan_database_writes_skipped_total counter",
+            f"divan_database_writes_skipped_total {skipped}",
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -267,7 +278,15 @@ def documented(address: str) -> str:
     return address
 
 
-PATHS = ("/api/auth/login", "/api/auth/refresh", "/api/me", "/hooks/payment", "/health", "/obs/metrics", "/internal/secret-proof")
+PATHS = (
+    "/api/auth/login",
+    "/api/auth/refresh",
+    "/api/me",
+    "/hooks/payment",
+    "/health",
+    "/obs/metrics",
+    "/internal/secret-proof",
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -330,13 +349,15 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, answer: dict[str, Any] | str) -> None:
         kind = "text/plain; version=0.0.4" if isinstance(answer, str) else "application/json"
         data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode() + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
+        lines = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            f"Content-Type: {kind}",
+            f"Content-Length: {len(data)}",
+        ]
         if self._correlation():
-            self.send_header("X-Correlation-Id", re.sub(r"[^\w.:/-]", "_", self._correlation()))
-        self._headers_buffer.append(b"\r\n" + data)  # one segment for head and body
-        self.flush_headers()
+            lines.append("X-Correlation-Id: " + re.sub(r"[^\w.:/-]", "_", self._correlation()))
+        # One segment for head and body.
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + data)
 
     def _log(self, status: int, seconds: float) -> None:
         path = self.path_only if self.path_only in PATHS else "other"

@@ -94,9 +94,17 @@ class Lab:
 
     def secrets(self) -> list[str]:
         """Values that must never be shown anywhere."""
-        lines = (line for line in (self.dir / "app" / "app.env").read_text().splitlines() if "=" in line and not line.startswith("#"))
+        lines = (
+            line
+            for line in (self.dir / "app" / "app.env").read_text().splitlines()
+            if "=" in line and not line.startswith("#")
+        )
         values = {line.split("=", 1)[1] for line in lines} | set(self.stolen.values())
-        values |= {self.env[name] for name in ("PGPASSWORD", "VAULT_TOKEN", "AWS_SECRET_ACCESS_KEY", "LAB_CLOUDFLARE_TOKEN") if name in self.env}
+        values |= {
+            self.env[name]
+            for name in ("PGPASSWORD", "VAULT_TOKEN", "AWS_SECRET_ACCESS_KEY", "LAB_CLOUDFLARE_TOKEN")
+            if name in self.env
+        }
         for host in ("pg1", "cache1"):
             values |= {str(value) for name, value in self.hostvars(host).items() if name.endswith("_password")}
         return sorted(value for value in values if len(value) > 8)

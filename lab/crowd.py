@@ -86,7 +86,8 @@ class Crowd:
     def _act(self, number: int, user: User) -> None:
         began = time.monotonic()
         try:
-            outcome, status = user.act()
+            outcome, code = user.act()
+            status = str(code)
         except Unreachable as error:
             outcome, status = "errors", str(error)
         seconds = round(time.monotonic() - began, 4)
@@ -101,7 +102,8 @@ class Crowd:
     def summary(self) -> dict[str, Any]:
         """Called with the ledger's lock held."""
         phases = {
-            phase: {outcome: self._counts[phase, outcome] for outcome in OUTCOMES} for phase in ("before", "during", "after")
+            phase: {outcome: self._counts[phase, outcome] for outcome in OUTCOMES}
+            for phase in ("before", "during", "after")
         }
         return {"users": len(self._users), "phases": phases}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> None:
@@ -20,6 +20,10 @@ def write(path: Path, text: str, mode: int = 0o600) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=2) + "\n")
+
+
+def appending(path: Path) -> TextIO:
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

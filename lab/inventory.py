@@ -31,10 +31,17 @@ def environment(site: Site) -> dict[str, str]:
     if "vault" in site.processes:
         values |= {"VAULT_ADDR": site.url("vault"), "VAULT_TOKEN": site.secrets["vault"]}
     if "s3" in site.processes:
-        values |= {"AWS_ENDPOINT_URL": site.url("s3"), "AWS_ENDPOINT_URL_S3": site.url("s3"), "AWS_DEFAULT_REGION": "us-east-1"}
+        values |= {
+            "AWS_ENDPOINT_URL": site.url("s3"),
+            "AWS_ENDPOINT_URL_S3": site.url("s3"),
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         values |= {"AWS_ACCESS_KEY_ID": site.secrets["s3_key"], "AWS_SECRET_ACCESS_KEY": site.secrets["s3_secret"]}
     if "cf" in site.processes:
-        values |= {"LAB_CLOUDFLARE_URL": f"{site.url('cf')}/client/v4", "LAB_CLOUDFLARE_TOKEN": site.secrets["cloudflare"]}
+        values |= {
+            "LAB_CLOUDFLARE_URL": f"{site.url('cf')}/client/v4",
+            "LAB_CLOUDFLARE_TOKEN": site.secrets["cloudflare"],
+        }
     return values
 
 
@@ -127,7 +134,12 @@ def _vault_connection(site: Site) -> dict[str, Any]:
 
 
 def _vault(site: Site) -> dict[str, Any]:
-    rotated = [{"mount": "secret", "path": services.APP_KEY, "fields": list(ROTATED)}]
+    app = site.url("app")
+    proof = [
+        {"field": "JWT_SECRET", "kind": "jwt", "url": f"{app}/api/me", "claims": {"sub": "1"}},
+        {"field": "WEBHOOK_SECRET", "kind": "webhook", "url": f"{app}/hooks/payment"},
+    ]
+    rotated = [{"mount": "secret", "path": services.APP_KEY, "fields": list(ROTATED), "proof": proof}]
     return {**_vault_connection(site), "firebreak_secrets_rotated": rotated}
 
 
@@ -138,9 +150,9 @@ def _application(site: Site) -> dict[str, Any]:
     delivered = {
         "mount": "secret",
         "path": services.APP_KEY,
-        "fields": list(ROTATED),
+        "fields": {name: name for name in ROTATED},
         "env_file": str(site.app_dir / "app.env"),
-        "reload_command": str(site.app_dir / "reload"),
+        "reload": [str(site.app_dir / "reload")],
         "proof_url": f"{site.url('app')}/internal/secret-proof",
     }
     values = {
@@ -150,6 +162,7 @@ def _application(site: Site) -> dict[str, Any]:
         "ansible_user": "lab",
         "ansible_ssh_private_key_file": str(folder / "client"),
         "ansible_ssh_common_args": " ".join(words),
+        "ansible_remote_tmp": str(folder / "tmp"),  # the system knows no user `lab`, so no ~lab
         "firebreak_health_url": f"{services.app_url(site)}/health",
         "firebreak_secrets_delivered": [delivered],
     }

@@ -18,11 +18,11 @@ def main() -> None:
     parent, death, uid = (int(word) for word in sys.argv[1:4])
     libc = ctypes.CDLL(None, use_errno=True)
     if uid:
-        real = (os.getuid(), os.getgid())
+        user, group = os.getuid(), os.getgid()
         if libc.unshare(CLONE_NEWUSER):
-            sys.exit("user namespaces are refused here (%s)" % os.strerror(ctypes.get_errno()))
-        for name, text in (("setgroups", "deny"), ("uid_map", "%d %d 1" % (uid, real[0])), ("gid_map", "%d %d 1" % (uid, real[1]))):
-            with open("/proc/self/" + name, "w") as file:
+            sys.exit(f"user namespaces are refused here ({os.strerror(ctypes.get_errno())})")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {user} 1"), ("gid_map", f"{uid} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     # After the namespace: a change of credentials clears the signal.
     libc.prctl(PR_SET_PDEATHSIG, death, 0, 0, 0)

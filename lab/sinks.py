@@ -9,19 +9,20 @@ import asyncio
 import email
 import email.policy
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from aiosmtpd.smtp import SMTP
 
+from . import files
+
 
 class Kept:
     """One line a message, for the lab's user only."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
+        self._file = files.appending(path)
 
     def add(self, **message: Any) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **message}) + "\n")

@@ -36,7 +36,16 @@ def prepare(directory: Path) -> Lock:
     for name in ("run", "log", "app"):
         shutil.rmtree(directory / name, ignore_errors=True)
         (directory / name).mkdir(mode=0o700)
-    for name in ("inventory.yml", "env", "state.json", "marks.json", "thief.json", "thief.jsonl", "crowd.json", "crowd.jsonl"):
+    for name in (
+        "inventory.yml",
+        "env",
+        "state.json",
+        "marks.json",
+        "thief.json",
+        "thief.jsonl",
+        "crowd.json",
+        "crowd.jsonl",
+    ):
         (directory / name).unlink(missing_ok=True)
     (directory / "cases").mkdir(mode=0o700, exist_ok=True)
     return lock
@@ -54,7 +63,13 @@ class Supervisor:
         """Everything at once; what the first login needs goes before the rest."""
         site = self.site
         primary = asyncio.create_task(self._database())
-        jobs: list[Awaitable[Any]] = [primary, valkey.cache(site), services.app(site), services.edge(site), services.vault(site)]
+        jobs: list[Awaitable[Any]] = [
+            primary,
+            valkey.cache(site),
+            services.app(site),
+            services.edge(site),
+            services.vault(site),
+        ]
         jobs.append(self._after(primary, services.first_login))
         jobs.append(self._after(primary, postgresql.standby))
         jobs += [services.sinks(site), services.ssh(site), services.s3(site)]
@@ -90,7 +105,12 @@ class Supervisor:
         running = site.processes.get(name)
         if running and running.running:
             return
-        env = {"LAB_DIR": site.dir, "LAB_EDGE_URL": services.app_url(site), "LAB_DIRECT_URL": site.url("app"), "PGPORT": site.port("pg1")}
+        env = {
+            "LAB_DIR": site.dir,
+            "LAB_EDGE_URL": services.app_url(site),
+            "LAB_DIRECT_URL": site.url("app"),
+            "PGPORT": site.port("pg1"),
+        }
         process = site.python(name, f"lab.{name}", env={key: str(value) for key, value in env.items()})
         await process.start()
         site.parts[name] |= {"pid": process.pid, "status": "up"}
@@ -98,7 +118,8 @@ class Supervisor:
 
     async def start_part(self, name: str) -> None:
         if name in ACTORS:
-            return await self.start_actor(name)
+            await self.start_actor(name)
+            return
         process = self._part(name)
         if process.running:
             return
@@ -143,7 +164,11 @@ class Supervisor:
         async def end() -> None:
             process = self.site.processes[name]
             code = await process.wait()
-            if not self._stopping and self.site.processes[name] is process and self.site.parts[name].get("pid") is not None:
+            if (
+                not self._stopping
+                and self.site.processes[name] is process
+                and self.site.parts[name].get("pid") is not None
+            ):
                 self.site.parts[name] |= {"pid": None, "status": "off" if name in ACTORS else "down", "exit": code}
                 self.write_state()
 
@@ -209,7 +234,9 @@ class Control:
             writer.close()
 
 
-async def supervise(directory: Path, actors: bool, notify: Callable[[dict[str, Any]], None], guard: socket.socket | None) -> int:
+async def supervise(
+    directory: Path, actors: bool, notify: Callable[[dict[str, Any]], None], guard: socket.socket | None
+) -> int:
     """Start, stay until a signal comes (or the one who waits for the start is gone), and end everything."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -253,7 +280,9 @@ async def _guard(guard: socket.socket, stop: asyncio.Event) -> None:
     stop.set()
 
 
-def run(directory: Path, actors: bool, notify: Callable[[dict[str, Any]], None], guard: socket.socket | None = None) -> int:
+def run(
+    directory: Path, actors: bool, notify: Callable[[dict[str, Any]], None], guard: socket.socket | None = None
+) -> int:
     """The whole life of a lab. The lock lives as long as this call."""
     os.umask(0o077)
     try:

@@ -45,7 +45,7 @@ class Connection:
     def __init__(self, proxy: TcpProxy, client: socket.socket, server: socket.socket) -> None:
         self._proxy = proxy
         self._ends = {"up": (client, server), "down": (server, client)}
-        self._met = False
+        self._met: Fault | None = None
         self._pumping = len(self._ends)
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -93,9 +93,9 @@ class Connection:
         fault = self._proxy.current
         if fault is None or fault.way not in (way, "both"):
             return None
-        if fault.times is not None and not self._met and not self._proxy.take(fault):
+        if fault.times is not None and self._met is not fault and not self._proxy.take(fault):
             return None
-        self._met = True
+        self._met = fault
         return fault
 
     def close(self, reset: bool = False) -> None:
@@ -201,9 +201,9 @@ def _handler(proxy: TcpProxy) -> type[BaseHTTPRequestHandler]:
         def do_PUT(self) -> None:
             try:
                 proxy.fault(**json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
+                self._answer(200)
             except (TypeError, ValueError):
-                return self._answer(400)
-            self._answer(200)
+                self._answer(400)
 
         def _answer(self, status: int) -> None:
             fault = dataclasses.asdict(proxy.current) if proxy.current else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import psycopg.conninfo
 
 from . import files
 from .actor import Client, Ledger, Unreachable
@@ -97,7 +98,9 @@ class Web:
 
     def refresh(self) -> int:
         """A stolen session is kept alive."""
-        status, body = self._clients["refresh"].send("POST", "/api/auth/refresh", {"refresh_token": self._refresh_token})
+        status, body = self._clients["refresh"].send(
+            "POST", "/api/auth/refresh", {"refresh_token": self._refresh_token}
+        )
         _checked(status)
         self._refresh_token = str(body["refresh_token"])
         return 1
@@ -115,16 +118,16 @@ class Database:
     """The doors of the database: the password of a role."""
 
     def __init__(self, port: int, password: str) -> None:
-        self._where = {
-            "host": "127.0.0.1", "port": port, "dbname": "divan", "user": "reporting", "password": password,
-            "connect_timeout": 5, "sslmode": "disable", "gssencmode": "disable", "autocommit": True,
-        }  # fmt: skip
+        self._where = psycopg.conninfo.make_conninfo(
+            host="127.0.0.1", port=port, dbname="divan", user="reporting", password=password,
+            connect_timeout=5, sslmode="disable", gssencmode="disable",
+        )  # fmt: skip
         self._session: psycopg.Connection[Any] | None = None
 
     def steal(self) -> int:
         """A new login each time."""
         try:
-            with psycopg.connect(**self._where) as connection:
+            with psycopg.connect(self._where, autocommit=True) as connection:
                 return len(connection.execute("SELECT email, password_hash FROM users LIMIT 50").fetchall())
         except psycopg.Error as error:
             raise _verdict(error) from None
@@ -133,7 +136,7 @@ class Database:
         """One session, open all the time, that writes; a thief lifts a mere default."""
         try:
             if self._session is None or self._session.closed:
-                self._session = psycopg.connect(**self._where)
+                self._session = psycopg.connect(self._where, autocommit=True)
             try:
                 return self._write(self._session)
             except psycopg.errors.ReadOnlySqlTransaction:
@@ -149,7 +152,10 @@ class Database:
 def _verdict(error: psycopg.Error) -> Exception:
     """A server that says no has refused; one that does not answer has not."""
     text = str(error)
-    if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.InsufficientPrivilege | psycopg.errors.ReadOnlySqlTransaction):
+    if isinstance(
+        error,
+        psycopg.errors.AdminShutdown | psycopg.errors.InsufficientPrivilege | psycopg.errors.ReadOnlySqlTransaction,
+    ):
         return Refused(error.sqlstate)
     for reason in REFUSALS:
         if reason in text:
@@ -208,7 +214,12 @@ class Thief:
             "closed_at": closed_at,
             "closed_after_seconds": round(max(0.0, closed_at - start), 2) if closed_at and "start" in marks else None,
             "paths": {
-                way.name: {"taken": len(way.taken), "refused": way.refused, "unreachable": way.unreachable, "closed": way.closed}
+                way.name: {
+                    "taken": len(way.taken),
+                    "refused": way.refused,
+                    "unreachable": way.unreachable,
+                    "closed": way.closed,
+                }
                 for way in ways
             },
         }

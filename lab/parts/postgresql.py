@@ -185,7 +185,19 @@ async def _psql(site: Site, database: str, script: str) -> None:
     """Statements as standard input, the password in the environment: neither is in the list of processes."""
     process = Process(
         "psql",
-        [str(binaries() / "psql"), "-X", "-q", "-h", "127.0.0.1", "-p", str(site.port("pg1")), "-U", "postgres", "-d", database],
+        [
+            str(binaries() / "psql"),
+            "-X",
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(site.port("pg1")),
+            "-U",
+            "postgres",
+            "-d",
+            database,
+        ],
         site.log("psql"),
         env={"PGPASSWORD": site.secrets["postgres"], "PGOPTIONS": "-c log_statement=none"},
     )

@@ -25,9 +25,14 @@ BUCKET = "cases"
 
 
 def real_program(name: str) -> str | None:
-    """The real server, where there is one: on PATH, or what ``make real`` left in the user's cache folder."""
+    """The real server, where there is one: on PATH, or what ``make real`` left in the user's cache folder.
+
+    ``LAB_DOUBLES=vault,versitygw`` takes the doubles all the same.
+    """
     from .. import real
 
+    if name in os.environ.get("LAB_DOUBLES", "").split(","):
+        return None
     found = real.find(name)
     return str(found) if found else None
 
@@ -79,7 +84,11 @@ def app_secrets(site: Site) -> dict[str, str]:
 async def vault(site: Site) -> None:
     port, secret = site.port("vault"), site.secrets["vault"]
     # The real server reads the first two, the double the third: the token is in no list of processes.
-    env = {"VAULT_DEV_ROOT_TOKEN_ID": secret, "VAULT_DEV_LISTEN_ADDRESS": f"127.0.0.1:{port}", "VAULT_DEV_ROOT_TOKEN": secret}
+    env = {
+        "VAULT_DEV_ROOT_TOKEN_ID": secret,
+        "VAULT_DEV_LISTEN_ADDRESS": f"127.0.0.1:{port}",
+        "VAULT_DEV_ROOT_TOKEN": secret,
+    }
     program = real_program("vault")
     if program:
         # Its standard output greets with the root token; what it logs goes elsewhere.
@@ -87,7 +96,8 @@ async def vault(site: Site) -> None:
     elif util.find_spec("lab.doubles.vault"):
         process = site.python("vault", "lab.doubles.vault", "--port", str(port), env=env)
     else:
-        return site.left_out("vault", "neither the real server nor its double is here")
+        site.left_out("vault", "neither the real server nor its double is here")
+        return
     await process.start()
     await process.listening(port)
     await seed_vault(site)
@@ -101,8 +111,14 @@ async def seed_vault(site: Site) -> None:
         return lambda: request("POST", f"{site.url('vault')}/v1/secret/data/{path}", {"data": data}, headers)
 
     await until(put(APP_KEY, app_secrets(site)), "Vault does not take the application's secrets")
-    await until(put("billing/gateway", {"API_KEY": site.secrets["bot"][::-1], "MERCHANT": "m-1001"}), "Vault does not take a key")
-    await until(put("app/frontend", {"PUBLIC_KEY": "pk-lab", "SENTRY_DSN": "https://sentry.example.com/2"}), "Vault does not take a key")
+    await until(
+        put("billing/gateway", {"API_KEY": site.secrets["bot"][::-1], "MERCHANT": "m-1001"}),
+        "Vault does not take a key",
+    )
+    await until(
+        put("app/frontend", {"PUBLIC_KEY": "pk-lab", "SENTRY_DSN": "https://sentry.example.com/2"}),
+        "Vault does not take a key",
+    )
 
 
 async def s3(site: Site) -> None:
@@ -113,7 +129,8 @@ async def s3(site: Site) -> None:
     elif util.find_spec("moto"):
         process = site.python("s3", "moto.server", "-H", "127.0.0.1", "-p", str(port))
     else:
-        return site.left_out("s3", "neither versitygw nor moto is here")
+        site.left_out("s3", "neither versitygw nor moto is here")
+        return
     await process.start()
     await process.listening(port)
     await until(lambda: request("PUT", f"{site.url('s3')}/{BUCKET}", b"", _signed(site)), "S3 does not make the bucket")
@@ -129,7 +146,16 @@ def _versitygw(site: Site, program: str) -> list[str]:
     data, versions, sidecar = (site.run / "s3" / name for name in ("data", "versions", "sidecar"))
     for folder in (data, versions):
         folder.mkdir(parents=True, mode=0o700)
-    words = [program, "--keep-alive", "--quiet", "--port", f"127.0.0.1:{site.port('s3')}", "posix", "--versioning-dir", str(versions)]
+    words = [
+        program,
+        "--keep-alive",
+        "--quiet",
+        "--port",
+        f"127.0.0.1:{site.port('s3')}",
+        "posix",
+        "--versioning-dir",
+        str(versions),
+    ]
     try:
         os.setxattr(data, "user.lab", b"1")
     except OSError:  # a file system without extended attributes
@@ -159,12 +185,16 @@ def _signed(site: Site) -> dict[str, str]:
         key = hmac.digest(key, word.encode(), "sha256")
     signature = hmac.digest(key, text.encode(), "sha256").hex()
     credential = f"{site.secrets['s3_key']}/{scope}"
-    return {**headers, "Authorization": f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders={names}, Signature={signature}"}
+    return {
+        **headers,
+        "Authorization": f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders={names}, Signature={signature}",
+    }
 
 
 async def edge(site: Site) -> None:
     if not util.find_spec("lab.doubles.cloudflare"):
-        return site.left_out("cf", "the double of the edge is not here; the application is reached directly")
+        site.left_out("cf", "the double of the edge is not here; the application is reached directly")
+        return
     api, proxy = site.port("cf"), site.port("edge")
     process = site.python(
         "cf", "lab.doubles.cloudflare", "--port", str(api), "--proxy-port", str(proxy), "--origin", site.url("app"),
@@ -187,8 +217,19 @@ async def app(site: Site) -> None:
     lines = ["# Read at the start and at each reload.", *(f"{name}={value}" for name, value in values.items())]
     files.write(site.app_dir / "app.env", "\n".join(lines) + "\n")
     files.write(site.app_dir / "reload", '#!/bin/sh\nexec kill -HUP "$(cat "$(dirname "$0")/app.pid")"\n', mode=0o700)
-    env = {"PORT": site.port("app"), "PGHOST": "127.0.0.1", "PGPORT": site.port("pg1"), "PGDATABASE": "divan", "PGUSER": "app"}
-    env |= {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": site.port("cache1"), "REDIS_USERNAME": "app", "APP_DIR": site.app_dir}
+    env = {
+        "PORT": site.port("app"),
+        "PGHOST": "127.0.0.1",
+        "PGPORT": site.port("pg1"),
+        "PGDATABASE": "divan",
+        "PGUSER": "app",
+    }
+    env |= {
+        "REDIS_HOST": "127.0.0.1",
+        "REDIS_PORT": site.port("cache1"),
+        "REDIS_USERNAME": "app",
+        "APP_DIR": site.app_dir,
+    }
     process = site.python("app", "lab.app", env={name: str(value) for name, value in env.items()})
     await process.start()
     await process.listening(site.port("app"))
@@ -201,19 +242,24 @@ async def first_login(site: Site) -> None:
     person = {name: site.people[20][name] for name in ("email", "password")}
     headers = {"Content-Type": "application/json"}
     await until(
-        lambda: request("POST", app_url(site) + "/api/auth/login", person, headers, source="127.0.2.21"), "nobody can log in"
+        lambda: request("POST", app_url(site) + "/api/auth/login", person, headers, source="127.0.2.21"),
+        "nobody can log in",
     )
     site.ready("login", "real", "first successful login", app_url(site))
 
 
 async def ssh(site: Site) -> None:
     if not shutil.which("ssh"):
-        return site.left_out("ssh", "no `ssh` on PATH: the host `app` is left out of the inventory")
+        site.left_out("ssh", "no `ssh` on PATH: the host `app` is left out of the inventory")
+        return
     if not util.find_spec("asyncssh"):
-        return site.left_out("ssh", "asyncssh is missing: the host `app` is left out of the inventory")
+        site.left_out("ssh", "asyncssh is missing: the host `app` is left out of the inventory")
+        return
     folder = site.run / "ssh"
     folder.mkdir(mode=0o700)
-    process = site.python("ssh", "lab.ssh", "--port", str(site.port("ssh")), "--keys", str(folder), "--home", str(site.app_dir))
+    process = site.python(
+        "ssh", "lab.ssh", "--port", str(site.port("ssh")), "--keys", str(folder), "--home", str(site.app_dir)
+    )
     await process.start()
     await process.listening(site.port("ssh"))
     site.ready("ssh", "real", f"asyncssh {metadata.version('asyncssh')}", f"ssh://127.0.0.1:{site.port('ssh')}")
@@ -221,7 +267,14 @@ async def ssh(site: Site) -> None:
 
 async def sinks(site: Site) -> None:
     process = site.python(
-        "sinks", "lab.sinks", "--mail-port", str(site.port("mail")), "--hook-port", str(site.port("hook")), "--dir", str(site.run)
+        "sinks",
+        "lab.sinks",
+        "--mail-port",
+        str(site.port("mail")),
+        "--hook-port",
+        str(site.port("hook")),
+        "--dir",
+        str(site.run),
     )
     await process.start()
     await process.listening(site.port("mail"))

