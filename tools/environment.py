@@ -38,7 +38,10 @@ def install(python: Path, lock: Path) -> None:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     options = ["--quiet", "--progress-bar=off", "--no-deps", "--require-hashes", "--requirement", str(lock)]
     subprocess.run([*pip, "install", *options], check=True)
-    subprocess.run([*pip, "check"], check=True, stdout=subprocess.DEVNULL)
+    checked = subprocess.run([*pip, "check"], check=False, stdout=subprocess.PIPE, text=True)
+    if checked.returncode:
+        sys.stderr.write(checked.stdout)
+        checked.check_returncode()
     stamp.write_text(wanted)
     print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
 
