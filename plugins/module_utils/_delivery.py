@@ -2,11 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change in any release.
-"""An env file on a host: read it, give some names new values, replace it. A value travels as standard input only."""
+"""An env file on a host: compare some names with their values, and replace it.
+
+A value travels as standard input, towards the host only. What a command prints is shown by Ansible at -vvv, so nothing of
+the file comes back: the host compares, and says which names are current, stale or absent.
+"""
 
 from __future__ import annotations
 
-import base64
 import re
 import shlex
 from typing import Any
@@ -14,53 +17,96 @@ from typing import Any
 from ._errors import FirebreakError, Refused
 
 # What every reader of env files (a shell, systemd, Docker, dotenv libraries) takes as it stands.
-PLAIN = re.compile(rb"[A-Za-z0-9_.,:/@%+=~-]+")
+PLAIN = re.compile(r"[A-Za-z0-9_.,:/@%+=~-]+")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _WHY = {
+    65: "a value in it goes over several lines",
     66: "it does not exist or is no file",
-    74: "the content did not arrive whole",
+    74: "the values did not arrive whole",
     75: "somebody else changed it at the same time",
     77: "it cannot be read",
 }
 
-# Inode, size and times tell whether somebody else wrote in between. Base64, since a connection may decode what it passes on.
-_READ = """set -eu
-f=$(readlink -f -- "$1") && [ -f "$f" ] || exit 66
-[ -r "$f" ] || exit 77
-s=$(stat -c '%i %s %y %z' -- "$f"); echo "$s"; base64 < "$f"
-[ "$s" = "$(stat -c '%i %s %y %z' -- "$f")" ] || exit 75
+# Standard input is NAME=VALUE for each name and a last line "=", which says that it is whole. Other lines stay to the byte.
+_EDIT = r"""
+src == "wanted" {
+    at = index($0, "="); name = substr($0, 1, at - 1)
+    if (name == "") whole = 1; else { order[++count] = name; want[name] = substr($0, at + 1) }
+    next
+}
+{
+    line = $0; end = ""; out = $0
+    if (line ~ /\r$/) { end = "\r"; line = substr(line, 1, length(line) - 1) }
+    if (match(line, /^[ \t]*(export[ \t]+)?[A-Za-z_][A-Za-z0-9_]*=/)) {
+        head = substr(line, 1, RLENGTH); value = substr(line, RLENGTH + 1)
+        name = substr(head, 1, RLENGTH - 1); sub(/^[ \t]*(export[ \t]+)?/, "", name)
+        if (name in want) {
+            quote = substr(value, 1, 1); if (quote != "\"" && quote != "\047") quote = ""
+            if (quote != "" && (length(value) < 2 || substr(value, length(value)) != quote)) { wrong = 65; exit }
+            old = quote == "" ? value : substr(value, 2, length(value) - 2)
+            found[name] = 1; if (old "" != want[name] "") stale[name] = 1
+            out = head quote want[name] quote end
+        }
+    }
+    if (mode == "write") { printf "%s%s", separator, out; separator = "\n" }
+}
+END {
+    if (wrong) exit wrong
+    if (!whole) exit 74
+    if (mode == "write" && newline) { printf "%s", separator; separator = "" }
+    for (i = 1; i <= count; i++) {
+        name = order[i]
+        if (mode == "compare") print name, (name in found) ? (name in stale) ? "stale" : "current" : "absent"
+        else if (!(name in found)) { printf "%s%s=%s\n", separator, name, want[name]; separator = "" }
+    }
+}
 """
 
-# Beside it, so that the rename is atomic; never the old file with half a content, never a mode wider than the old one's.
-_REPLACE = """set -eu
-umask 077
-f=$(readlink -f -- "$1") && [ -f "$f" ] || exit 66
-t="$f.firebreak"; o=$(stat -c '%u:%g' -- "$f")
+# Inode, size and times tell whether somebody else wrote in between.
+_OPEN = """set -eu
+umask 077; LC_ALL=C; export LC_ALL
+state() { stat -c '%i %s %y %z' -- "$f"; }
+edit() { awk -v mode="$1" -v newline="$(tail -c 1 -- "$f" | wc -l)" "$edit" src=wanted - src=file "$f"; }
+edit=$1; f=$(readlink -f -- "$2") && [ -f "$f" ] || exit 66
+[ -r "$f" ] || exit 77
+"""
+
+_COMPARE = """s=$(state); echo "$s"; edit compare
+[ "$s" = "$(state)" ] || exit 75
+"""
+
+# Beside it, so that the rename is atomic: never the old file with half a content, never a wider mode than the old one's.
+_REPLACE = """t="$f.firebreak"; o=$(stat -c '%u:%g' -- "$f")
 rm -f -- "$t"; trap 'rm -f -- "$t"' EXIT; trap 'exit 74' HUP INT TERM
-set -C; cat > "$t"
-[ "$(wc -c < "$t")" -eq "$3" ] || exit 74
+set -C; edit write > "$t"
 [ "$(stat -c '%u:%g' -- "$t")" = "$o" ] || chown -- "$o" "$t"
 chmod -- "$(stat -c '%a' -- "$f")" "$t"
 sync -- "$t" 2>/dev/null || sync
-[ "$(stat -c '%i %s %y %z' -- "$f")" = "$2" ] || exit 75
+[ "$(state)" = "$3" ] || exit 75
 mv -f -- "$t" "$f"; trap - EXIT
 sync -- "$(dirname -- "$f")" 2>/dev/null || sync
 """
 
 
-def read_file(host: Any, env_file: str) -> tuple[str, bytes]:
-    """What identifies this state of the file, and its content."""
-    status, output, _errors = _run(host, _READ, [env_file], effect="none")
-    _demand(status, "env_file cannot be used", effect="none")
-    seen, _newline, content = output.decode("ascii", "replace").partition("\n")
-    return seen.strip(), base64.b64decode(content)
+def compare(host: Any, env_file: str, values: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """What identifies this state of the file, and of each name whether it is current, stale or absent."""
+    status, output, _errors = _run(host, _COMPARE, [env_file], values, effect="none")
+    if status:
+        raise FirebreakError(f"env_file cannot be used: {_why(status)}", effect="none")
+    seen, *lines = output.decode("ascii", "replace").splitlines()
+    standings = dict(line.split() for line in lines if line)
+    if standings.keys() != values.keys():
+        raise FirebreakError("env_file: the host's answer is not understood", effect="none")
+    return seen.strip(), standings
 
 
-def replace_file(host: Any, env_file: str, seen: str, content: bytes) -> None:
-    """Replace the file whole, keeping mode and owner, unless it is not the one that was read."""
-    status, _output, _errors = _run(host, _REPLACE, [env_file, seen, str(len(content))], content)
-    _demand(status, "env_file could not be replaced", effect="none" if status in _WHY else "unknown")
+def replace(host: Any, env_file: str, seen: str, values: dict[str, str]) -> None:
+    """Give these names their values, keeping mode and owner, unless the file is not the one that was seen."""
+    status, _output, _errors = _run(host, _REPLACE, [env_file, seen], values, effect="unknown")
+    if status:
+        effect = "none" if status in _WHY else "unknown"
+        raise FirebreakError(f"env_file could not be replaced: {_why(status)}", effect=effect)
 
 
 def run_command(host: Any, command: list[str], what: str) -> None:
@@ -69,51 +115,13 @@ def run_command(host: Any, command: list[str], what: str) -> None:
         raise FirebreakError(f"{what} ended with status {status}")
 
 
-def values_of(content: bytes, name: str) -> list[bytes]:
-    """The values that a file gives to a name, without quotes."""
-    return [_bare(match["value"]) for match in map(_line(name), content.split(b"\n")) if match]
-
-
-def with_values(content: bytes, values: dict[str, bytes]) -> bytes:
-    """The same content with these values; each other line stays as it is, to the byte."""
+def _run(host: Any, script: str, arguments: list[str], values: dict[str, str], effect: str) -> Any:
     for name, value in values.items():
-        lines, found = content.split(b"\n"), False
-        for number, line in enumerate(lines):
-            if match := _line(name)(line):
-                lines[number] = match["head"] + _written(name, value, match["value"]) + match["end"]
-                found = True
-        content = b"\n".join(lines)
-        if not found:
-            content += b"" if not content or content.endswith(b"\n") else b"\n"
-            content += name.encode() + b"=" + _written(name, value, b"") + b"\n"
-    return content
-
-
-def _line(name: str) -> Any:
-    return re.compile(rb"(?P<head>\s*(?:export\s+)?%s=)(?P<value>.*?)(?P<end>\r?)" % name.encode(), re.DOTALL).fullmatch
-
-
-def _quote_of(value: bytes) -> bytes:
-    return value[:1] if value[:1] in (b'"', b"'") else b""
-
-
-def _bare(value: bytes) -> bytes:
-    quote = _quote_of(value)
-    return value[1:-1] if quote and len(value) > 1 and value.endswith(quote) else value
-
-
-def _written(name: str, value: bytes, old: bytes) -> bytes:
-    """The value in the quotes that stand there already; readers of env files do not agree on more."""
-    quote = _quote_of(old)
-    if quote and (len(old) < 2 or not old.endswith(quote)):
-        raise Refused(f"env_file: the value of {name} goes over several lines")
-    if not PLAIN.fullmatch(value):
-        raise Refused(f"fields: the value for {name} has characters that readers of env files take differently")
-    return quote + value + quote
-
-
-def _run(host: Any, script: str, arguments: list[str], stdin: bytes = b"", effect: str = "unknown") -> Any:
-    return _guarded(host, shlex.join(["/bin/sh", "-c", script, "firebreak", *arguments]), stdin, effect)
+        if not PLAIN.fullmatch(value):
+            raise Refused(f"fields: the value for {name} has characters that readers of env files take differently")
+    stdin = "".join(f"{name}={value}\n" for name, value in values.items()) + "=\n"
+    command = shlex.join(["/bin/sh", "-c", _OPEN + script, "firebreak", _EDIT, *arguments])
+    return _guarded(host, command, stdin.encode(), effect)
 
 
 def _guarded(host: Any, command: str, stdin: bytes, effect: str) -> Any:
@@ -125,6 +133,5 @@ def _guarded(host: Any, command: str, stdin: bytes, effect: str) -> Any:
         raise FirebreakError(error.msg, effect=effect) from None
 
 
-def _demand(status: int, what: str, effect: str) -> None:
-    if status:
-        raise FirebreakError(f"{what}: {_WHY.get(status, f'the host answered with status {status}')}", effect=effect)
+def _why(status: int) -> str:
+    return _WHY.get(status, f"the host answered with status {status}")

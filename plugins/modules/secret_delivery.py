@@ -13,11 +13,12 @@ author: The firebreak.incident contributors (@firebreak)
 description:
   - Writes fields of a KV version 2 secret into an env file on the host, reloads the consumer, and proves that it works with them.
   - The file is replaced in one step. Mode, owner and all other lines stay as they are.
-  - The values go from Vault through this control to the host's standard input, and nowhere else.
+  - The values go from Vault through this control to the host's standard input, and nowhere else. Nothing of the file comes
+    back; the host itself compares.
   - The consumer proves what it works with by the HMAC-SHA256 of a nonce, so that no value is sent.
 notes:
   - It reaches the host over Ansible's own connection, C(become) included, so it does not work with C(async).
-  - The host needs a POSIX shell and C(base64), C(readlink), C(stat) and C(sync).
+  - The host needs a POSIX shell with C(awk), C(readlink), C(stat) and C(sync).
   - The token needs C(read) on C(data/) of the secret.
 extends_documentation_fragment:
   - firebreak.incident.attributes
@@ -152,30 +153,19 @@ SPEC: dict[str, Any] = {
 
 
 def read(client: _vault.Client, params: dict[str, Any]) -> Facts:
-    """Compared in memory: the facts say whether a value is the current one, never what it is."""
+    """The host compares: the facts say whether a value is the current one, never what it is."""
     _check_options(params)
     secret = client.read_secret(params["engine_mount_point"], params["path"]) or {"version": 0, "data": None}
     data = secret["data"] or {}
     values = {name: client.secret(str(data[field])) for field, name in params["fields"].items() if field in data}
-    seen, content = _delivery.read_file(client.host, params["env_file"])
-    there = secret["version"] >= (params["version"] or 0)
-    held = {name: _delivery.values_of(content, name) for name in params["fields"].values()}
-    for old in (old for olds in held.values() for old in olds):
-        client.secret(old)
-    client.held.update(seen=seen, content=content, values=values, version=secret["version"])
-    fields = {
-        name: "unknown" if name not in values else _standing(olds, values[name], there) for name, olds in held.items()
-    }
-    if "stale" in fields.values() or "absent" in fields.values():
-        _delivery.with_values(content, {name: value.encode() for name, value in values.items()})
-    consumer = _consumer(params, values) if there and "unknown" not in fields.values() else "stale"
-    return {"version": max(secret["version"], params["version"] or 0), "fields": fields, "consumer": consumer}
-
-
-def _standing(olds: list[bytes], value: str, there: bool) -> str:
-    if not olds:
-        return "absent"
-    return "current" if there and all(_vault.same(old.decode("utf-8", "replace"), value) for old in olds) else "stale"
+    seen, standings = _delivery.compare(client.host, params["env_file"], values)
+    client.held.update(seen=seen, values=values, version=secret["version"])
+    fields = {name: standings.get(name, "unknown") for name in params["fields"].values()}
+    version = max(secret["version"], params["version"] or 0)
+    if version > secret["version"]:  # what will be there is in no file yet
+        fields = {name: "stale" if standing == "current" else standing for name, standing in fields.items()}
+        return {"version": version, "fields": fields, "consumer": "stale"}
+    return {"version": version, "fields": fields, "consumer": _consumer(params, values)}
 
 
 def _consumer(params: dict[str, Any], values: dict[str, str]) -> str:
@@ -225,10 +215,7 @@ def apply(client: _vault.Client, params: dict[str, Any], change: Change) -> None
         raise FirebreakError(
             f"Vault holds version {held['version']} of the secret, not yet {change.data['version']}", "none"
         )
-    values = {name: value.encode() for name, value in held["values"].items()}
-    _delivery.replace_file(
-        client.host, params["env_file"], held["seen"], _delivery.with_values(held["content"], values)
-    )
+    _delivery.replace(client.host, params["env_file"], held["seen"], held["values"])
 
 
 def prove(client: _vault.Client, params: dict[str, Any], change: Change) -> None:

@@ -262,7 +262,7 @@ def _check_options(params: dict[str, Any]) -> None:
     unproven = fields - {proof["field"] for proof in params["proof"]}
     if params["state"] == "retired" and unproven:
         raise Refused(f"proof names no check for {', '.join(sorted(unproven))}")
-    if set(proof["field"] for proof in params["proof"]) - fields:
+    if {proof["field"] for proof in params["proof"]} - fields:
         raise Refused("proof names a field that is not in fields")
 
 

@@ -80,7 +80,10 @@ class _Forward(_Quiet):
         elif fault is None:
             self.reply(status, content, headers.get("Content-Type", "application/json"))
 
-    do_GET = do_POST = do_PUT = do_PATCH = forward
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return self.forward
+        raise AttributeError(name)
 
 
 class FaultProxy(_Served):
@@ -149,14 +152,18 @@ class Consumer(_Served):
 
 
 class LocalHost:
-    """A host whose connection is a shell beside us."""
+    """A host whose connection is a shell beside us. ``shown`` is what Ansible shows of it at -vvv."""
 
     def __init__(self) -> None:
-        self.commands: list[str] = []
+        self.shown: list[str] = []
+        self.bytes_that_arrive = -1
 
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-        self.commands.append(command)
-        done = subprocess.run(["/bin/sh", "-c", command], input=stdin, capture_output=True, check=False, timeout=20)
+        if self.bytes_that_arrive >= 0:
+            stdin = stdin[: self.bytes_that_arrive]
+        words = ["/bin/sh", "-c", command]
+        done = subprocess.run(words, input=stdin, capture_output=True, check=False, timeout=20)
+        self.shown += [command, done.stdout.decode(), done.stderr.decode()]
         return done.returncode, done.stdout, done.stderr
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ansible_collections.firebreak.incident.plugins.module_utils import _delivery
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError, Refused, Unproven
 from ansible_collections.firebreak.incident.plugins.modules import secret_delivery, vault_kv_rotation
-
 from tests.contract.rotation_walk import FAULTS, Consumer, FaultProxy, LocalHost, carry_out, predict
 from tests.contract.vault_servers import Server, double, real_vault
 
@@ -74,7 +75,11 @@ class Scene:
         return {
             **self.service(round),
             **dict.fromkeys(("new_values",)),
-            **{"state": state, "fields": FIELDS, "format": "urlsafe", "bytes": 32, "proof": proof},
+            "state": state,
+            "fields": FIELDS,
+            "format": "urlsafe",
+            "bytes": 32,
+            "proof": proof,
             **changed,
         }
 
@@ -189,7 +194,7 @@ def test_a_door_that_accepts_everything_is_no_proof(scene: Scene) -> None:
     scene.deliver()
     url = f"{scene.consumer.url}/internal/secret-proof?name=JWT_SECRET&nonce=00"  # 200 whatever the token
     proof = [{"field": name, "kind": "jwt", "url": url} for name in FIELDS]
-    with pytest.raises(Unproven, match="does not refuse a token of the old JWT_SECRET with 401 .status 200"):
+    with pytest.raises(Unproven, match=r"does not refuse a token of the old JWT_SECRET with 401 \(status 200"):
         scene.rotate("retired", proof=proof)
     assert not any(scene.versions().values())
 
@@ -227,7 +232,9 @@ def test_a_foreign_write_inside_the_run_is_a_conflict(scene: Scene) -> None:
         if change.data["step"] == "promote":
             scene.write({**SIBLINGS, **scene.old})
 
-    with pytest.raises(FirebreakError, match="was written by .* in between .version 4 where 3 was expected") as caught:
+    with pytest.raises(
+        FirebreakError, match=r"was written by .* in between \(version 4 where 3 was expected"
+    ) as caught:
         carry_out(ROTATION, scene.options("current"), scene.context(), intrude)
     assert caught.value.effect == "none"
     assert scene.current() == {**SIBLINGS, **scene.old}
@@ -420,7 +427,7 @@ def test_delivery(place: Place) -> None:
     assert place.file.stat().st_mode & 0o7777 == 0o640
     assert sorted(os.listdir(place.file.parent)) == ["app.env", "reloaded"]
     for value in (*place.scene.old.values(), new["JWT_SECRET"], new["WEBHOOK_SECRET"]):
-        assert not any(value in command for command in place.host.commands)
+        assert not any(value in shown for shown in place.host.shown)
         assert value not in repr(plan)
     assert not place.deliver().changes
     place.scene.consumer.values["WEBHOOK_SECRET"] = place.scene.consumer.values["HOOK"]
@@ -481,6 +488,63 @@ def test_a_link_stays_a_link_and_what_a_crash_left_is_swept(place: Place) -> Non
     place.deliver(env_file=str(link))
     assert link.is_symlink() and not place.file.with_name("app.env.firebreak").exists()
     assert place.scene.current()["JWT_SECRET"].encode() in place.file.read_bytes()
+
+
+def test_values_that_do_not_arrive_whole_change_nothing(place: Place) -> None:
+    place.scene.rotate("current")
+    before = place.file.read_bytes()
+
+    def cut(change: Any) -> None:
+        place.host.bytes_that_arrive = 40
+
+    with pytest.raises(FirebreakError, match="did not arrive whole") as caught:
+        carry_out(DELIVERY, place.params(), place.context(), cut)
+    assert caught.value.effect == "none"
+    assert place.file.read_bytes() == before
+    assert os.listdir(place.file.parent) == ["app.env"]
+
+
+FORMS = {
+    b"": b"A=new\nB=new\n",
+    b"\n": b"\nA=new\nB=new\n",
+    b"X": b"X\nA=new\nB=new\n",
+    b"A=old": b"A=new\nB=new\n",
+    b"A=old\nB=old": b"A=new\nB=new",
+    b"A=old\r\nB=old\r\n": b"A=new\r\nB=new\r\n",
+    b"A=\n#A=old\nB='old'\nA=\"older\"\n": b"A=new\n#A=old\nB='new'\nA=\"new\"\n",
+    b"  export A=old # why\nAB=1\nBA=2\nB=a=b\n\n\n": b"  export A=new\nAB=1\nBA=2\nB=new\n\n\n",
+    b"C=\xff\xfe\t&\\n\\\\ \nA=007\nB=7.0\n": b"C=\xff\xfe\t&\\n\\\\ \nA=new\nB=new\n",
+    b"exportA=1\nexport  B=x": b"exportA=1\nexport  B=new\nA=new\n",
+}
+
+
+@pytest.mark.parametrize("content", FORMS, ids=range(len(FORMS)))
+def test_forms_of_env_files(tmp_path: Path, content: bytes) -> None:
+    file, host, values = tmp_path / "it's an = env.file", LocalHost(), {"A": "new", "B": "new"}
+    file.write_bytes(content)
+    seen, before = _delivery.compare(host, str(file), values)
+    assert "current" not in before.values()
+    _delivery.replace(host, str(file), seen, values)
+    assert file.read_bytes() == FORMS[content]
+    assert _delivery.compare(host, str(file), values)[1] == {"A": "current", "B": "current"}
+
+
+def test_values_are_texts_not_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "app.env"
+    file.write_bytes(b"A=10\nB=0x10\nC=1e1\nD=10 \n")
+    standings = _delivery.compare(LocalHost(), str(file), {"A": "10.0", "B": "16", "C": "10", "D": "10"})[1]
+    assert set(standings.values()) == {"stale"}
+
+
+def test_what_no_env_file_can_hold(tmp_path: Path) -> None:
+    file = tmp_path / "app.env"
+    file.write_bytes(b'A="first\nsecond"\n')
+    with pytest.raises(FirebreakError, match="goes over several lines"):
+        _delivery.compare(LocalHost(), str(file), {"A": "new"})
+    for value in ("two words", "new\nline", "$HOME", "quo'te", ""):
+        with pytest.raises(Refused, match="characters that readers") as caught:
+            _delivery.compare(LocalHost(), str(file), {"B": value})
+        assert not value or value not in caught.value.msg
 
 
 def test_hosts_that_cannot_be_used(place: Place) -> None:
