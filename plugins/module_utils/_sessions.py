@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import secrets
 from typing import Any
 
 from ._errors import Refused
@@ -16,6 +17,8 @@ from ._errors import Refused
 PLACEHOLDER = re.compile(r"\{(\w*)\}")
 # Times of JavaScript are in milliseconds. As seconds this is the year 5138.
 FIRST_MILLISECONDS = 1e11
+BETWEEN_TEXT = secrets.token_hex(8)
+BETWEEN = f',"{BETWEEN_TEXT}",'.encode()
 
 
 class Template:
@@ -33,8 +36,8 @@ class Template:
         separators = sorted({char for char in "".join(literals) if not char.isalnum()})
         if users is not None and "user" not in names:
             raise Refused("key_template: without {user} it does not tell whose a session is; scope=users needs that")
-        if any(not user or set(user) & set(separators) for user in users or []):
-            raise Refused("users: a user is empty or holds a separator of key_template")
+        if users == [] or any(not user or set(user) & set(separators) for user in users or []):
+            raise Refused("users: name at least one; none is empty or holds a separator of key_template")
         self.prefix = literals[0].encode()
         self._users = None if users is None else {user.encode() for user in users}
         one = f"[^{re.escape(''.join(separators))}]+" if separators else ".+"
@@ -95,11 +98,12 @@ def issued(values: list[bytes | None], field: str) -> list[float | None]:
     """When each session began; None where the value does not tell."""
     present = [value or b"null" for value in values]
     try:  # one call for a page takes half the time of one for each value
-        documents = json.loads(b"[" + b",".join(present) + b"]")
-        if len(documents) != len(values):
-            documents = [_document(value) for value in present]
+        documents = json.loads(b"[" + BETWEEN.join(present) + b"]")
     except ValueError:
-        documents = [_document(value) for value in present]
+        documents = []
+    # A broken value may swallow its neighbour; then the texts between them are not where they belong.
+    whole = len(documents) == 2 * len(values) - 1 and documents[1::2].count(BETWEEN_TEXT) == len(values) - 1
+    documents = documents[::2] if whole else [_document(value) for value in present]
     return [_moment(document.get(field)) if isinstance(document, dict) else None for document in documents]
 
 
