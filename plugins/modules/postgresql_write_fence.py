@@ -134,47 +134,45 @@ SPEC: dict[str, Any] = {
 def read(client: _postgresql.Client, params: dict[str, Any]) -> Facts:
     client.require_version(17, "a write fence")
     return {
-        "setting": {"configured": client.configured(SETTING), "loaded": client.loaded(SETTING)},
+        SETTING: client.configured(SETTING),
+        "loaded": client.loaded(SETTING),
         "mark": client.configured(MARK),
         "estimate": client.writers(SETTING),
     }
 
 
 def plan(params: dict[str, Any], facts: Facts) -> Plan:
-    before = {"setting": facts["setting"], "mark": facts["mark"]}
-    mark = facts["mark"]
+    before = {key: facts[key] for key in (SETTING, "loaded", "mark")}
+    mark = before["mark"]
     if mark and mark.rpartition("/")[0] != params["incident_id"]:
         raise Refused(f"This server is fenced under {mark}. Release that incident's fence first.", guard="ownership")
-    value, new_mark = _wanted(params, before)
-    setting = {"configured": value, "loaded": True}
-    idle = params["state"] == "disabled" and not params["previous"] and not mark
-    after = before if idle else {"setting": setting, "mark": new_mark}
-    undo = {"state": "disabled", "previous": {SETTING: before["setting"]["configured"], "mark": mark}}
+    after = _wanted(params, before)
+    undo = {"state": "disabled", "previous": {SETTING: before[SETTING], "mark": mark}}
     changes = []
-    if after["setting"] != before["setting"]:
-        changes.append(
-            Change("enable" if value == "on" else "disable", f"{SETTING} of the server", ("setting",), undo,
-                   data={"parameter": SETTING, "value": value})
-        )  # fmt: skip
+    if (after[SETTING], after["loaded"]) != (before[SETTING], before["loaded"]):
+        action, data = (
+            "enable" if after[SETTING] == "on" else "disable",
+            {"parameter": SETTING, "value": after[SETTING]},
+        )
+        changes.append(Change(action, f"{SETTING} of the server", (SETTING,), undo, data=data))
     if params["state"] == "enabled" and after != before:
         # Its element is the mark, which is written when no such session is left.
         changes.append(Change("terminate", "client sessions begun before the fence", ("mark",), undo))
     if after["mark"] != mark:
-        changes.append(
-            Change("create" if new_mark else "delete", f"mark {new_mark or mark}", ("mark",), undo,
-                   data={"parameter": MARK, "value": new_mark})
-        )  # fmt: skip
+        action, data = "create" if after["mark"] else "delete", {"parameter": MARK, "value": after["mark"]}
+        changes.append(Change(action, f"mark {after['mark'] or mark}", ("mark",), undo, data=data))
     return Plan(before, after, tuple(changes), estimate=facts.get("estimate", {}))
 
 
-def _wanted(params: dict[str, Any], before: Facts) -> tuple[str | None, str | None]:
-    """The value of the setting and the mark."""
+def _wanted(params: dict[str, Any], before: Facts) -> Facts:
     if params["state"] == "enabled":
-        return "on", params["mark"]
+        return {SETTING: "on", "loaded": True, "mark": params["mark"]}
+    if not params["previous"] and not before["mark"]:
+        return before
     previous = params["previous"] or {SETTING: None, "mark": None}
-    configured = before["setting"]["configured"]
     # A value that is not the fence's is somebody else's by now.
-    return (previous[SETTING] if configured == "on" else configured), previous["mark"]
+    value = previous[SETTING] if before[SETTING] == "on" else before[SETTING]
+    return {SETTING: value, "loaded": True, "mark": previous["mark"]}
 
 
 def apply(client: _postgresql.Client, params: dict[str, Any], change: Change) -> None:
