@@ -27,6 +27,7 @@ import hmac
 import http.server
 import json
 import os
+import posixpath
 import re
 import signal
 import socketserver
@@ -129,12 +130,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if self.path.startswith("/lab/"):
                 self.reply(*self.lab(body))
+            elif elsewhere := self.elsewhere():
+                self.reply(307, None, {"Location": elsewhere})
             else:
                 self.vault(body)
         except Bad as bad:
             self.reply(*bad.answer)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_LIST = do_PATCH = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_LIST = do_PATCH = do_OPTIONS = do_SCAN = serve
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What a client sends is nobody's to read."""
+
+    def elsewhere(self) -> str | None:
+        """Where the server redirects to before it looks at anything else: the clean path, or its user interface."""
+        path = urlsplit(self.path).path
+        clean = posixpath.normpath(path).replace("//", "/") + ("/" if path.endswith("/") and path != "/" else "")
+        if not clean.startswith("/v1/"):
+            return "/ui/"
+        return clean if clean != path else None
 
     def vault(self, body: bytes) -> None:
         fault = self.server.faults.take(self.command, self.path) or {"do": "", "when": ""}
@@ -185,9 +199,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.server.core.handle(operation, path, data, self.token(), headers, self.client_address[0])
 
     def parsed(self, body: bytes) -> tuple[str, str, dict[str, Any]]:
+        if self.command not in OPERATIONS:
+            raise Bad(405)
         url = urlsplit(self.path)
-        if not url.path.startswith("/v1/"):
-            raise Bad(404)
         path, operation = unquote(url.path.removeprefix("/v1/")), OPERATIONS[self.command]
         query: dict[str, Any] = dict(parse_qsl(url.query, keep_blank_values=True))
         if operation == "read":
@@ -221,9 +235,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 307:
             self.reply(307, None, {"Location": fault.get("location", "")})
         else:
-            text = {503: "Vault is sealed", 429: f'request path "{self.path}": rate limit quota exceeded'}
-            wrapped = "1 error occurred:\n\t* the lab wants it so\n\n"
-            self.reply(status, {"errors": [text.get(status, wrapped)]}, {"Retry-After": "1"} if status == 429 else {})
+            text = "1 error occurred:\n\t* the lab wants it so\n\n"
+            if status == 503 and fault["when"] == "before":
+                text = "Vault is sealed"  # which no server says after it has done something
+            if status == 429:
+                text = f'request path "{self.path}": rate limit quota exceeded'
+            self.reply(status, {"errors": [text]}, {"Retry-After": "1"} if status == 429 else {})
 
     def reply(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:
         content = b"" if body is None else json.dumps(body).encode() + b"\n"

@@ -104,7 +104,9 @@ class Core:
     ) -> tuple[int, dict[str, Any] | None]:
         """Status and body. Only what answers under the lock has happened."""
         request_id = str(uuid.uuid4())
-        if OPEN.match(path) and operation in ("read", "header"):
+        if OPEN.match(path):
+            if operation not in ("read", "header"):
+                return 405, {"errors": []}
             return System.open(self, path, data)
         with self.lock:
             token = None
@@ -143,6 +145,8 @@ class Core:
             call.operation = asked = "create"
         if not acl.allows(asked, call.path) or (SUDO.match(call.path) and not acl.sudo(call.path, asked)):
             raise Refused(403, DENIED, wrapped=True)
+        if asked in ("update", "create", "patch") and call.path.endswith("/"):
+            raise Refused(400, "cannot write to a path ending in '/'")
         if "x-vault-wrap-ttl" in call.headers:
             raise Refused(400, "the double does not wrap answers yet")
         return call

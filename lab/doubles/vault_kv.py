@@ -352,13 +352,14 @@ def _number(text: str) -> int | float:
 
 
 def _invalid(name: str, why: str) -> Refused:
-    return Refused(400, f'error converting input for field "{name}": {why}')
+    return Refused(400, f'Field validation failed: error converting input for field "{name}": {why}')
 
 
 def _map(data: dict[str, Any], name: str) -> dict[str, Any] | None:
     value = data.get(name)
     if value is not None and not isinstance(value, dict):
-        raise _invalid(name, f"'' expected a map, got '{GO_NAMES.get(type(value), 'slice')}'")
+        kind = GO_NAMES.get(type(value), "slice")
+        raise Refused(400, f"error converting input for field \"{name}\": '' expected a map, got '{kind}'")
     return value
 
 

@@ -31,7 +31,10 @@ class System:
         self.core = core
         self.routes = (
             (r"mounts$", {"read": self.mounts}),
-            (r"mounts/(?P<name>.+)$", {"update": self.enable_mount, "delete": self.disable_mount, "read": self.mount}),
+            (
+                r"mounts/(?!.*/tune$)(?P<name>.+)$",
+                {"update": self.enable_mount, "delete": self.disable_mount, "read": self.mount},
+            ),
             (r"auth$", {"read": self.auth}),
             (r"policy/?$", {"read": self.old_policies, "list": self.old_policies}),
             (r"policies/acl/?$", {"list": self.policies, "read": self.policies}),

@@ -96,6 +96,20 @@ ROWS: dict[str, list[Step]] = {
     "unknown token": [Step("GET", DATA, status=403, token="hvs.no", has=errors("invalid token"))],
     "unknown route": [Step("GET", "nowhere/<k>", status=404, has=errors("no handler for route"))],
     "bearer": [Step("GET", "auth/token/lookup-self", token="", headers={"Authorization": "Bearer <root>"})],
+    "a path that is not clean": [Step("GET", "secret/data//<k>", status=307), Step("GET", "/sys/health", status=307)],
+    "a path outside of the API": [Step("GET", "../ui", status=307), Step("GET", "../vault/v1/sys/health", status=307)],
+    "verbs that are not known": [
+        Step("OPTIONS", DATA, status=405, loose=True, ignore="/errors"),
+        Step("SCAN", META, status=405),
+        Step("POST", "sys/seal-status", {}, 405),
+    ],
+    "a write to a folder": [
+        Step("POST", "secret/data/<k>/", {"data": {}}, 400, errors("cannot write to a path ending"))
+    ],
+    "a read of a folder": [Step("GET", "secret/data/<k>/", status=404)],
+    "a version that is a word": [
+        Step("GET", f"{DATA}?version=x", status=400, has=errors("Field validation failed"), loose=True)
+    ],
     "malformed body": [Step("POST", DATA, b'{"data":', 500, loose=True)],
     # --- KV: read and write
     "read nothing": [Step("GET", DATA, status=404)],

@@ -61,6 +61,8 @@ def test_a_status_instead_of_the_answer(server: Server, status: int, when: str, 
     assert reply.status == status
     assert version(server) == effect
     assert (reply.body is None) == (status == 307)
+    # After an effect nobody says "sealed": a client may take that word for "nothing happened".
+    assert ("sealed" in str(reply.body)) == (status == 503 and when == "before")
     assert reply.headers.get("Location") == ("http://127.0.0.1:9/" if status == 307 else None)
 
 

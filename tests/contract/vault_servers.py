@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass
 class Reply:
     status: int
-    body: Any  # None if there was none
+    body: Any  # None if there was none, or no JSON
     headers: dict[str, str]
 
 
@@ -56,7 +56,8 @@ class Server:
             connection.request(method, path, content, {name: value for name, value in sent.items() if value})
             answer = connection.getresponse()
             text = answer.read()
-            return Reply(answer.status, json.loads(text) if text else None, dict(answer.headers))
+            is_json = answer.headers.get_content_type() == "application/json"
+            return Reply(answer.status, json.loads(text) if text and is_json else None, dict(answer.headers))
         finally:
             connection.close()
 
