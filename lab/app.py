@@ -138,13 +138,23 @@ class Application:
         match = re.fullmatch(r"(\d{1,12})\.([0-9a-f]{32})", str(body.get("refresh_token")))
         if not match:
             raise Refused(401, "session revoked")
-        held = self._tokens.getdel(f"session:refresh:{match[1]}:{match[2]}")
-        if held is None:
-            raise Refused(401, "session revoked")
-        family = json.loads(str(held))
-        self._audit(f"user:{family['user_id']}", "refresh", address, correlation)
+        family = self._rotate(f"session:refresh:{match[1]}:{match[2]}", new := secrets.token_hex(16))
         user = int(family["user_id"])
-        return {"access_token": self._access(user), "refresh_token": self._refresh(user, int(family["iat"]), address)}
+        self._audit(f"user:{user}", "refresh", address, correlation)
+        return {"access_token": self._access(user), "refresh_token": f"{user}.{new}"}
+
+    def _rotate(self, key: str, new: str) -> dict[str, Any]:
+        """One step: a token is never in this process alone, where a revocation would not find it."""
+        name = f"{key.rpartition(':')[0]}:{new}"
+        try:
+            with self._tokens.pipeline() as steps:
+                steps.rename(key, name)
+                steps.get(name)
+                steps.expire(name, REFRESH_SECONDS)
+                held = steps.execute()[1]
+        except redis.ResponseError:  # no such key
+            raise Refused(401, "session revoked") from None
+        return dict(json.loads(held))
 
     def me(self, authorization: str, address: str, correlation: str) -> dict[str, Any]:
         user = self._verified(authorization.removeprefix("Bearer "))
@@ -386,7 +396,7 @@ def main() -> None:
     settings = Settings(Path(env["APP_DIR"]) / "app.env")
     Handler.application = Application(settings, Database(settings, env), env)
     signal.signal(signal.SIGHUP, lambda *_: settings.load())
-    Server(("127.0.0.1", int(env["PORT"])), Handler).serve_forever(poll_interval=3600)
+    Server(("127.0.0.1", int(env["PORT"])), Handler).serve_forever()
 
 
 if __name__ == "__main__":

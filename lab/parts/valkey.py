@@ -28,7 +28,7 @@ appendonly no
 latency-monitor-threshold 5
 repl-diskless-sync-delay 0
 user default on >{redis} ~* &* +@all
-user app on >{redis_app} ~session:* ~cache:* ~flags:* ~ratelimit:* &* +@all -@admin -@dangerous +info
+user app on >{redis_app} ~session:* ~cache:* ~flags:* ~ratelimit:* &* +@all -@admin -@dangerous
 """
 
 
