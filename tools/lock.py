@@ -18,9 +18,18 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE.parent / "requirements"
 PIP_TOOLS = "pip-tools==7.6.2"
 OPTIONS = (
-    "--generate-hashes --allow-unsafe --strip-extras --no-header --annotation-style=line --no-config --quiet"
-    " --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options"
-).split()
+    "--generate-hashes",
+    "--allow-unsafe",
+    "--strip-extras",
+    "--no-header",
+    "--annotation-style=line",
+    "--no-config",
+    "--quiet",
+    "--no-emit-index-url",
+    "--no-emit-trusted-host",
+    "--no-emit-find-links",
+    "--no-emit-options",
+)
 LOCKS = (("2.19", "3.11", ()), ("2.21", "3.12", ("2.19",)), ("lint", "3.11", ("2.19", "2.21")))
 ENTRY = re.compile(r"^(?P<pin>(?P<name>[\w.-]+)==\S+)(?: \\\n    \S+)+.*\n(?:    # .*\n)*", re.MULTILINE)
 
