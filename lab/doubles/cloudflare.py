@@ -346,7 +346,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def die_with_parent(parent: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(1)
 
@@ -365,8 +365,9 @@ def main() -> None:
     parser.add_argument("--plan", choices=("free", "pro", "business", "enterprise"), default="enterprise")
     parser.add_argument("--rules", type=int, default=3, help="rules of others at start")
     given = parser.parse_args()
+    # Blocked in every thread and awaited in this one: else a thread that runs no Python may take it, and nothing happens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     die_with_parent(parent)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     edge = Edge(given.account_id, given.zone_id, given.plan)
     edge.seed(given.rules, 3)
     servers = [
@@ -376,7 +377,7 @@ def main() -> None:
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     print("ready", flush=True)
-    signal.pause()
+    signal.sigwait({signal.SIGTERM})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ builder, authentication and exceptions are used.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import ssl
@@ -145,7 +146,8 @@ class Client:
         """One request, one envelope."""
         more = {} if method == "get" else {"body": body}
         try:
-            answer = getattr(self._sdk, method)(where, cast_to=object, options={"params": query}, **more)
+            # The plain response: the SDK fails on an answer without a body and hides what is in one without success.
+            answer = getattr(self._sdk, method)(where, cast_to=_httpx.Response, options={"params": query}, **more)  # type: ignore[union-attr]
         except _cloudflare.APIStatusError as failure:  # type: ignore[union-attr]
             raise _refusal(action, failure) from None
         except _cloudflare.CloudflareError as failure:  # type: ignore[union-attr]
@@ -153,13 +155,12 @@ class Client:
             reason = type(failure.__cause__ or failure).__name__
             msg = f"{action}: Cloudflare gave no answer ({reason})"
             raise CloudflareError(msg, 0, (), "none" if never else "unknown") from None
-        if answer is None or answer == "":
-            return {}
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            codes = _codes(answer)
-            msg = f"{action}: Cloudflare answered 200, but without success{_listed(codes)}"
-            raise CloudflareError(msg, 200, codes, "unknown")
-        return answer
+        status, envelope = answer.status_code, _json(answer.content)
+        if status != 204 and envelope.get("success") is not True:
+            codes = _codes(envelope)
+            msg = f"{action}: Cloudflare answered {status}, but without success{_listed(codes)}"
+            raise CloudflareError(msg, status, codes, "unknown")
+        return envelope
 
     def _read(self, where: str, action: str, query: Json | None = None) -> Json:
         attempt = 1
@@ -365,6 +366,15 @@ def _seconds(retry_after: str, otherwise: float) -> float:
         return max(float(retry_after), 0.0)
     except ValueError:
         return otherwise
+
+
+def _json(content: bytes) -> Json:
+    """The envelope; empty where there is none."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def _codes(body: Any) -> tuple[int, ...]:

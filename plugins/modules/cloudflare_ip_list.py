@@ -133,7 +133,7 @@ SPEC: dict[str, Any] = {
 }
 
 
-def _wanted(params: dict[str, Any]) -> list[str] | None:
+def _wanted(params: dict[str, Any]) -> dict[str, None] | None:
     """The values as the service stores them, each once; None where none were named."""
     if params.get("items") is None:
         return None
@@ -144,7 +144,7 @@ def _wanted(params: dict[str, Any]) -> list[str] | None:
         except ValueError:
             raise Refused(f"items: number {number}, {item}, is no address or network in CIDR form") from None
         values[str(block.network_address if block.prefixlen == block.max_prefixlen else block)] = None
-    return list(values)
+    return values
 
 
 def _owner(text: Any) -> str:
@@ -176,22 +176,23 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
         raise Refused("name: the list holds no addresses, but something else")
     wanted = _wanted(params)
     if params["state"] == "present":
-        return _addition(params, before, wanted or [], facts.get("estimate", {}))
+        return _addition(params, before, wanted or {}, facts.get("estimate", {}))
     return _removal(params, before, wanted is None, facts.get("estimate", {}))
 
 
-def _addition(params: dict[str, Any], before: Facts, wanted: list[str], estimate: Facts) -> Plan:
+def _addition(params: dict[str, Any], before: Facts, wanted: dict[str, None], estimate: Facts) -> Plan:
     name, changes = params["name"], []
     if before["list"] is None:
         undo = {"state": "absent", "name": name}
         changes.append(Change("create", f"list {name}", ("list",), undo, data={"description": _description(params)}))
-    new = [value for value in wanted if value not in before["entries"] and value not in before["listed_by_others"]]
+    listed = {*before["entries"], *before["listed_by_others"]}
+    new = [value for value in wanted if value not in listed]
     if new:
         undo = {"state": "absent", "name": name, "items": new}
         changes.append(Change("create", f"{len(new)} entries of list {name}", ("entries",), undo, bulk="items"))
     entries = {**before["entries"], **dict.fromkeys(new, params["mark"])}
     after = {**before, "list": before["list"] or {"kind": "ip", "ours": True, "others": False}, "entries": entries}
-    return Plan(before, after, tuple(changes), estimate, covers={"addresses": wanted})
+    return Plan(before, after, tuple(changes), estimate, covers={"addresses": list(wanted)})
 
 
 def _removal(params: dict[str, Any], before: Facts, everything: bool, estimate: Facts) -> Plan:

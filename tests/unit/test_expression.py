@@ -115,7 +115,9 @@ def test_it_names_its_lists() -> None:
 
 NETWORKS = st.one_of(
     st.builds(lambda n, p: ipaddress.ip_network((n, p), strict=False), st.integers(0, 2**32 - 1), st.integers(8, 32)),
-    st.builds(lambda n, p: ipaddress.ip_network((n, p), strict=False), st.integers(2**32, 2**128 - 1), st.integers(12, 128)),
+    st.builds(
+        lambda n, p: ipaddress.ip_network((n, p), strict=False), st.integers(2**32, 2**128 - 1), st.integers(12, 128)
+    ),
 )
 
 
