@@ -157,12 +157,14 @@ class LocalHost:
     def __init__(self) -> None:
         self.shown: list[str] = []
         self.bytes_that_arrive = -1
+        self.path = os.environ["PATH"]
 
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         if self.bytes_that_arrive >= 0:
             stdin = stdin[: self.bytes_that_arrive]
         words = ["/bin/sh", "-c", command]
-        done = subprocess.run(words, input=stdin, capture_output=True, check=False, timeout=20)
+        env = {**os.environ, "PATH": self.path}
+        done = subprocess.run(words, input=stdin, capture_output=True, check=False, timeout=20, env=env)
         self.shown += [command, done.stdout.decode(), done.stderr.decode()]
         return done.returncode, done.stdout, done.stderr
 

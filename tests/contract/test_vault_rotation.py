@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,13 @@ class Scene:
         data: dict[str, Any] = self.vault.ask("GET", f"/v1/secret/data/{self.path}").body["data"]["data"]
         return data
 
+    def siblings(self) -> dict[str, Any]:
+        """With the digits as the server writes them."""
+        where = f"/v1/secret/data/{self.path}"
+        content = self.proxy.ask("GET", where, b"", {"X-Vault-Token": self.vault.token})[2]
+        data = json.loads(content, parse_float=str, parse_int=str)["data"]["data"]
+        return {name: value for name, value in data.items() if name not in FIELDS}
+
     def versions(self, path: str | None = None) -> dict[int, bool]:
         """Version -> destroyed."""
         answer = self.vault.ask("GET", f"/v1/secret/metadata/{path or self.path}")
@@ -168,6 +177,16 @@ def test_check_mode_predicts_the_real_run(scene: Scene) -> None:
         if state == "retired":
             scene.deliver()
         assert scene.rotate(state) == predicted
+
+
+def test_siblings_stay_to_the_digit(scene: Scene) -> None:
+    """Read and written again by us, these numbers would come back as others."""
+    text = '"BIG":12345678901234567890.12345,"ONE":1.10,"HUGE":12345678901234567890123,"TEXT":"\\u0000<&>\\u2028"'
+    content = ('{"data":{"JWT_SECRET":"old old old","WEBHOOK_SECRET":"o l d",' + text + "}}").encode()
+    assert scene.vault.ask("POST", f"/v1/secret/data/{scene.path}", content).status == 200
+    before = scene.siblings()
+    scene.rotate("current")
+    assert len(before) == 4 and scene.siblings() == before
 
 
 def test_a_second_round_rotates_again(scene: Scene) -> None:
@@ -502,6 +521,33 @@ def test_values_that_do_not_arrive_whole_change_nothing(place: Place) -> None:
     assert caught.value.effect == "none"
     assert place.file.read_bytes() == before
     assert os.listdir(place.file.parent) == ["app.env"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("tool", ["readlink", "awk", "rm", "chmod", "sync", "mv"])
+def test_killed_on_the_host_inside_the_write(place: Place, tmp_path: Path, tool: str, when: str) -> None:
+    """The host's shell dies at each of its steps: the file is the old or the new one, whole, and a rerun ends it."""
+    place.scene.rotate("current")
+    before = place.file.read_bytes()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    run = f'{shutil.which(tool)} "$@"\n' if when == "after" else ""
+    (tools / tool).write_text(f"#!/bin/sh\n{run}kill -9 $PPID\n")
+    (tools / tool).chmod(0o755)
+
+    def arm(change: Any) -> None:
+        place.host.path = f"{tools}:{os.environ['PATH']}"
+
+    with pytest.raises(FirebreakError) as caught:
+        carry_out(DELIVERY, place.params(), place.context(), arm)
+    place.host.path = os.environ["PATH"]
+    assert caught.value.effect == "unknown"
+    renamed = place.file.read_bytes() != before
+    assert renamed == (tool == "mv" and when == "after")
+    place.deliver()
+    assert place.scene.current()["JWT_SECRET"].encode() in place.file.read_bytes()
+    assert sorted(os.listdir(place.file.parent)) == ["app.env", "reloaded", "tools"]
+    assert place.file.stat().st_mode & 0o7777 == 0o640
 
 
 FORMS = {
