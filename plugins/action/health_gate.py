@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from ansible_collections.firebreak.incident.plugins.modules.health_gate import GATE
+from ansible_collections.firebreak.incident.plugins.modules.health_gate import CONTROL
 from ansible_collections.firebreak.incident.plugins.plugin_utils.control import ControlAction, preload
 
-preload(GATE)
+preload(CONTROL)
 
 
 class ActionModule(ControlAction):
     """health_gate in Ansible's worker."""
 
-    control = GATE
+    control = CONTROL

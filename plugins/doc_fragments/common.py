@@ -85,6 +85,11 @@ options:
   evidence_patience:
     description: Seconds that a destroying control waits for an export that was begun. Afterwards it goes on, and says so in the case.
     type: float
+  assumed:
+    description:
+      - What an earlier task of the same control has planned, its RV(ignore:state_after), so that a dry run of several steps predicts each of
+        them. Used in check mode only.
+    type: dict
   unattended:
     description: Whether no person watches this run. Then only what can be undone is changed, at most 25 times an hour.
     type: bool

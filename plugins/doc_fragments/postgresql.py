@@ -15,7 +15,6 @@ options:
     description:
       - Name or address of the server. Name the server itself, not a connection pooler before it.
     type: str
-    required: true
   postgresql_port:
     description: Port of the server.
     type: int
@@ -23,7 +22,6 @@ options:
   postgresql_user:
     description: The role to work with.
     type: str
-    required: true
   postgresql_password:
     description:
       - Its password. Off the lab, E(PGPASSWORD) of the task is used where this is not set.

@@ -14,7 +14,6 @@ options:
   redis_host:
     description: Name or address of the primary.
     type: str
-    required: true
   redis_port:
     description: Its port.
     type: int

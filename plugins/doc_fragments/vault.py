@@ -16,7 +16,6 @@ options:
       - Address of Vault or OpenBao, for example V(https://vault.example.com:8200).
       - It must lead to the active node or a load balancer. A redirect is refused, because it would take the token along.
     type: str
-    required: true
   vault_token:
     description:
       - The token to work with. Off the lab, E(VAULT_TOKEN) of the task is used where this is not set.

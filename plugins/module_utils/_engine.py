@@ -47,6 +47,7 @@ COMMON: dict[str, Any] = {
     },
     "evidence": {"type": "list", "elements": "str"},
     "evidence_patience": {"type": "float"},
+    "assumed": {"type": "dict"},
     "unattended": {"type": "bool", "default": False},
     "two_person": {"type": "bool", "default": False},
 }
@@ -97,6 +98,9 @@ class Task:
 def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     """Guards that need no plan, and the surroundings of the task."""
     params = dict(params)
+    for name in getattr(control.service, "REQUIRED", ()):
+        if not params.get(name):
+            raise Refused(f"{name}: say where the service is and as whom to connect (firebreak_{name} of this host)")
     service = [] if control.service is None else control.service.addresses(params)
     _guards.site(params, [*service, *_case.addresses(params)], context.env)
     if params["site"] == "lab":
@@ -162,6 +166,8 @@ def client_of(task: Task) -> Any:
 def decide(task: Task, client: Any) -> Plan:
     """Read and plan, and hold the plan to what every plan must be."""
     facts = task.control.read(client, task.params)
+    if task.context.check_mode:
+        facts = {**facts, **(task.params.get("assumed") or {})}
     plan = task.control.plan(task.params, facts)
     if task.control.plan(task.params, plan.after).changes:
         raise FirebreakError(
@@ -335,7 +341,7 @@ class Action:
         item = None if journal.lost else journal.live_item()
         if left is not None:
             self._outcome(journal, "done", {"of": left.seq, "outcome": "verified", "recovered": True})
-        elif item is not None and item["state"] == "applied":
+        elif item is not None and item["state"] in ("applied", "failed") and "releases" not in item:
             self._outcome(journal, "done", {"of": item["seq"], "outcome": "verified", "settled": True})
         result = result_of(self.task, plan, "ok")
         if item is not None and "at" in item:

@@ -77,7 +77,6 @@ def fold(entries: Iterable[Entry]) -> dict[str, Any]:
                 "status": "Active",
                 "created": entry.doc["time"],
                 "rounds": {"1": body["at"]},
-                "phases": {},
                 "seals": [],
             }
         elif entry.kind == "closed":
@@ -85,8 +84,6 @@ def fold(entries: Iterable[Entry]) -> dict[str, Any]:
             state["closed"] = True
         if entry.kind == "seal":
             state["seals"].append({"turn": body["turn"], "digest": entry.digest, "heads": body["heads"]})
-        if body.get("begins"):
-            state.setdefault("phases", {}).setdefault(f"{entry.doc['round']}/{body['begins']}", body["at"])
         state.update(body.get("set") or {})
         if "begins_round" in body:
             state["rounds"].setdefault(str(body["begins_round"]), body["at"])

@@ -18,10 +18,11 @@ from ._deps import require
 from ._errors import FirebreakError, Refused
 from ._redact import Held
 
+REQUIRED = ("postgresql_host", "postgresql_user")
 SPEC: dict[str, Any] = {
-    "postgresql_host": {"type": "str", "required": True},
+    "postgresql_host": {"type": "str"},
     "postgresql_port": {"type": "int", "default": 5432},
-    "postgresql_user": {"type": "str", "required": True},
+    "postgresql_user": {"type": "str"},
     "postgresql_password": {"type": "str", "no_log": True},
     "postgresql_database": {"type": "str", "default": "postgres"},
     "postgresql_sslmode": {

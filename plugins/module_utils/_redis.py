@@ -21,8 +21,9 @@ from ._deps import require
 from ._errors import FirebreakError, Refused, Unproven
 from ._redact import Held
 
+REQUIRED = ("redis_host",)
 SPEC: dict[str, Any] = {
-    "redis_host": {"type": "str", "required": True},
+    "redis_host": {"type": "str"},
     "redis_port": {"type": "int", "default": 6379},
     "redis_username": {"type": "str"},
     "redis_password": {"type": "str", "no_log": True},

@@ -28,9 +28,9 @@ def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dic
     result: dict[str, Any] = {
         "incident": {
             "id": case.id,
-            **{key: value for key, value in state.items() if key not in ("key", "seals", "phases")},
+            **{key: value for key, value in state.items() if key not in ("key", "seals")},
         },
-        "phases": _phases(state, round_number, [*run, *(entry for entries in by_stream.values() for entry in entries)]),
+        "phases": _phases([*run, *(entry for entries in by_stream.values() for entry in entries)], _run_shown(case, run)),
         "done": [],
         "open": [],
         "irreversible": [],
@@ -53,20 +53,35 @@ def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dic
     return result
 
 
+def troubles(case: Case, round_number: int) -> dict[str, list[str]]:
+    """The roles that failed and have not succeeded since, by host."""
+    result: dict[str, list[str]] = {}
+    for one in status(case, round_number)["open"]:
+        if one["state"] == "failed":
+            result.setdefault(one["host"], []).append(one["control"])
+    return result
+
+
+def _run_shown(case: Case, run: list[Entry]) -> str:
+    """The run that asks, where it wrote something; else the newest one that did."""
+    runs = [entry.run for entry in run]
+    return case.context.run_id if case.context.run_id in runs else runs[-1]
+
+
 def _is_of(stream: str, host: str) -> bool:
     return stream.removesuffix(".evidence") == encode_host(host)
 
 
-def _phases(state: dict[str, Any], round_number: int, entries: list[Entry]) -> list[dict[str, Any]]:
-    """Each phase from its beginning to its last entry; phases overlap, so that a slow export delays its own system only."""
+def _phases(entries: list[Entry], run_id: str) -> list[dict[str, Any]]:
+    """The phases of one run, from beginning to last entry; they overlap, so that a slow export delays its own system only."""
+    ours = [entry for entry in entries if entry.run == run_id]
     shown = []
     for name in PHASES:
-        begun = state["phases"].get(f"{round_number}/{name}")
-        times = [seconds_of(entry) for entry in entries if entry.doc["phase"] == name and entry.doc["round"] == round_number]
-        if begun is None and not times:
-            continue
-        begin = min([begun, *times]) if begun is not None else min(times)
-        shown.append({"name": name, "seconds": round(max([begin, *times]) - begin, 3), "target_seconds": TARGETS[name]})
+        begins = [seconds_of(entry) for entry in ours if entry.body.get("begins") == name]
+        times = [seconds_of(entry) for entry in ours if entry.doc["phase"] == name]
+        if times:
+            begin = min(begins or times)
+            shown.append({"name": name, "seconds": round(max(times) - begin, 3), "target_seconds": TARGETS[name]})
     return shown
 
 

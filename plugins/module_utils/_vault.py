@@ -21,8 +21,9 @@ from ._deps import require
 from ._errors import FirebreakError, Refused
 from ._redact import Held
 
+REQUIRED = ("vault_url",)
 SPEC: dict[str, Any] = {
-    "vault_url": {"type": "str", "required": True},
+    "vault_url": {"type": "str"},
     "vault_token": {"type": "str", "no_log": True},
     "vault_namespace": {"type": "str"},
     "vault_ca_cert": {"type": "str"},

@@ -239,11 +239,11 @@ SPEC: dict[str, Any] = {
         "ca_cert": {"type": "path"},
     }
 }
-GATE = Gate(name="health_gate", service=_http, spec=SPEC, probe=probe)
+CONTROL = Gate(name="health_gate", service=_http, spec=SPEC, probe=probe)
 
 
 def main() -> None:
-    run_module(GATE)
+    run_module(CONTROL)
 
 
 if __name__ == "__main__":

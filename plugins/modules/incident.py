@@ -98,6 +98,10 @@ issued_before:
   description: When this round began, in seconds since the epoch. Sessions older than that are the ones to revoke.
   returned: always
   type: float
+troubles:
+  description: The roles that failed in an earlier run and have not succeeded since, by host.
+  returned: always
+  type: dict
 expires:
   description: When its controls are looked at again (UTC).
   returned: always
@@ -111,7 +115,7 @@ incident_id:
 
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _case, _incident
+from ansible_collections.firebreak.incident.plugins.module_utils import _case, _incident, _status
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Record
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import Refused
@@ -160,6 +164,7 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         "incident": shown,
         "issued_before": state["rounds"].get(str(params["round"]), context.clock()),
         "expires": state["expires"],
+        "troubles": {} if opened else _status.troubles(case, params["round"]),
         "diff": {"before": {}, "after": shown if opened else {}},
         "screen": [f"{'opened' if opened else 'continuing'} {case.id}: {shown['title']}, {shown['severity']}, {shown['created'][:19]}Z"],
     }
@@ -186,6 +191,7 @@ def _planned(params: dict[str, Any], severity: str, context: Context) -> dict[st
         "incident": {"id": _case.NO_INCIDENT, **shown, "status": "Active", "owner": params["owner"]},
         "issued_before": context.clock(),
         "expires": "",
+        "troubles": {},
         "diff": {"before": {}, "after": shown},
         "screen": [f"would open an incident: {params['type']}, {severity}"],
     }

@@ -43,8 +43,8 @@ options:
     description: For V(notified), whether it was sent. V(false) leaves it to a person.
     type: bool
     default: false
-  released:
-    description: For V(note), the role whose earlier failure is over.
+  recovered:
+    description: For V(note), the role whose earlier failure on this host is over.
     type: str
 """
 
@@ -93,7 +93,7 @@ SPEC: dict[str, Any] = {
         "role": {"type": "str"},
         "audience": {"type": "str"},
         "sent": {"type": "bool", "default": False},
-        "released": {"type": "str"},
+        "recovered": {"type": "str"},
     },
     "required_if": [
         ("kind", "note", ["text"]),
@@ -124,10 +124,12 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         _incident.view(case)
     else:
         body = {name: params[name] for name in BODIES[params["kind"]]} | {"at": context.clock()}
-        if params.get("released"):
-            body["recovered"] = params["released"]
-        entry = case.record(_case.RUN, params["kind"], body)
-    return {"changed": True, "entry": f"{_case.RUN}/{entry.seq}", "digest": entry.digest}
+        stream = _case.RUN
+        if params.get("recovered"):
+            body["recovered"] = params["recovered"]
+            stream = case.stream(str(params["host"])).name
+        entry = case.record(stream, params["kind"], body)
+    return {"changed": True, "entry": f"{entry.doc['stream']}/{entry.seq}", "digest": entry.digest}
 
 
 def _failed(case: _case.Case, params: dict[str, Any], context: Context) -> dict[str, Any] | None:

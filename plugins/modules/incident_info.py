@@ -117,7 +117,8 @@ def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
         seen["screen"] = _status.screen(seen)
     if params["require_contained"] and (seen["open"] or seen["spooled"]):
         what = ", ".join(f"{one['host']} {one['control']}" for one in seen["open"])
-        raise FirebreakError(f"{client.id} is not contained: {what or 'the case store was lost'}; run the same command again", **seen)
+        shown = {"screen": seen.get("screen", [])}
+        raise FirebreakError(f"{client.id} is not contained: {what or 'the case store was lost'}; run the same command again", **shown)
     return seen
 
 

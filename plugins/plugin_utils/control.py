@@ -17,6 +17,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from typing import Any, ClassVar
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
@@ -34,6 +35,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._redact import 
 RUN_ID = secrets.token_hex(6)
 PARENT = os.getpid()
 PR_SET_PDEATHSIG = 1
+CONNECTION_ATTEMPTS = 3
 
 
 def preload(control: Any) -> None:
@@ -80,7 +82,7 @@ class ControlAction(ActionBase):
             return result
         _die_with_parent()
         result.update(self._in_worker(task_vars))
-        for line in result.get("screen", ()):
+        for line in result.pop("screen", ()):
             Display().display(line)
         return result
 
