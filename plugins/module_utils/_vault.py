@@ -189,8 +189,10 @@ class Client:
         query = {"version": str(version)} if version else None
         status, body = self._read(f"{mount}/data/{path}", f"read {mount}/{path}", params=query)
         data = body.get("data")
-        if status == 404 and not data:
-            return None
+        if not data:
+            if status == 404:
+                return None
+            raise VaultError(f"read {mount}/{path}: Vault answered {status} without data", status, "none")
         return {"version": data["metadata"]["version"], "data": data["data"]}
 
     def read_metadata(self, mount: str, path: str) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ options:
         description: Claims of the token, those of somebody who may use O(proof[].url).
         type: dict
       body:
-        description: Body of the webhook.
+        description: Body of the webhook; take an event that the consumer accepts and that changes nothing.
         type: str
         default: '{}'
       header:
