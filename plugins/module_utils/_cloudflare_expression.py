@@ -70,7 +70,7 @@ def reach(params: dict[str, Any], rule: dict[str, Any]) -> tuple[dict[str, list[
         narrow = params.get("ip_lists") or params.get("countries") or params.get("paths")
         return {"countries": list(params.get("countries") or [])}, () if narrow else ("every_visitor",)
     text = rule["expression"]
-    narrow = "ip.src" in text and not _WIDENING.search(re.sub(r'"(?:\\.|[^"\\])*"', "", text))
+    narrow = re.search(r"\bip\.(?:src|geoip)\b", text) and not _WIDENING.search(re.sub(r'"(?:\\.|[^"\\])*"', "", text))
     named = " ".join(_ADDRESSES.findall(_NEGATED.sub("", text))).translate(str.maketrans("{}", "  "))
     covers = {
         "addresses": [each for each in named.split() if not each.startswith("$")],

@@ -177,7 +177,7 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
     wanted = _wanted(params)
     if params["state"] == "present":
         return _addition(params, before, wanted or {}, facts.get("estimate", {}))
-    return _removal(params, before, wanted is None, facts.get("estimate", {}))
+    return _removal(params, before, wanted, facts.get("estimate", {}))
 
 
 def _addition(params: dict[str, Any], before: Facts, wanted: dict[str, None], estimate: Facts) -> Plan:
@@ -195,14 +195,15 @@ def _addition(params: dict[str, Any], before: Facts, wanted: dict[str, None], es
     return Plan(before, after, tuple(changes), estimate, covers={"addresses": list(wanted)})
 
 
-def _removal(params: dict[str, Any], before: Facts, everything: bool, estimate: Facts) -> Plan:
+def _removal(params: dict[str, Any], before: Facts, wanted: dict[str, None] | None, estimate: Facts) -> Plan:
     name, known, changes = params["name"], before["list"], []
-    after = {**before, "entries": {}}
-    if before["entries"]:
-        undo = {"state": "present", "name": name, "items": list(before["entries"])}
-        target = f"{len(before['entries'])} entries of list {name}"
-        changes.append(Change("delete", target, ("entries",), undo, bulk="items"))
-    if everything and known and known["ours"] and not known["others"]:
+    gone = [value for value in before["entries"] if wanted is None or value in wanted]
+    kept = before["entries"].keys() - set(gone)
+    after = {**before, "entries": {value: before["entries"][value] for value in sorted(kept)}}
+    if gone:
+        undo = {"state": "present", "name": name, "items": gone}
+        changes.append(Change("delete", f"{len(gone)} entries of list {name}", ("entries",), undo, bulk="items"))
+    if wanted is None and known and known["ours"] and not known["others"]:
         undo = {"state": "present", "name": name, "items": [], "description": params["description"]}
         changes.append(Change("delete", f"list {name}", ("list",), undo))
         after["list"] = None

@@ -211,7 +211,8 @@ def _removal(params: dict[str, Any], before: Facts, estimate: Facts) -> Plan:
     if before["rule"]:
         changes.append(Change("delete", f"rule {_ref(params)}", ("rule",), undo))
     if before["ruleset"] and before["ruleset"]["ours"] and not before["ruleset"]["others"]:
-        changes.append(Change("delete", "empty ruleset of the incident", ("ruleset",), undo))
+        way_back = {"undo": undo} if before["rule"] else {"irreversible": "the next rule makes it again"}
+        changes.append(Change("delete", "empty ruleset of the incident", ("ruleset",), **way_back))
         after["ruleset"] = None
     return Plan(before, after, tuple(changes), estimate)
 

@@ -1,0 +1,142 @@
+# Copyright: The firebreak.incident contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The rule at the edge: its plans, and a run against the lab's edge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.controls.cloudflare_ip_list import connection, control_path, visit
+from tests.rows import Case, Row
+
+INCIDENT = "INC-2026-1120-001"
+NAME = f"rule firebreak_{INCIDENT}_attackers"
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("ip_lists", "countries", "hosts", "paths", "except_ip_lists", "expression", "description")),
+    "action": "block",
+    "position": "first",
+    "enabled": True,
+    "state": "present",
+}
+
+
+def _params(**own: Any) -> dict[str, Any]:
+    return {**DEFAULTS, "name": "attackers", "incident_id": INCIDENT, "round": 1, "mark": f"{INCIDENT}/1", **own}
+
+
+def _rule(expression: str = "ip.src in $attackers", **own: Any) -> dict[str, Any]:
+    return {"expression": expression, "action": "block", "enabled": True, "description": INCIDENT, **own}
+
+
+def _facts(rule: dict[str, Any] | None = None, ours: bool = False, others: bool = True) -> dict[str, Any]:
+    return {"ruleset": {"ours": ours, "others": others}, "rule": rule, "estimate": {"rules": 40}}
+
+
+def _after(rule: dict[str, Any] | None, ours: bool = False, others: bool = True) -> dict[str, Any]:
+    return {"ruleset": {"ours": ours, "others": others}, "rule": rule}
+
+
+def _written(name: str, text: str, **own: Any) -> Case:
+    return Case(name, _params(**own), _facts(), [("create", NAME)], _after(_rule(text)))
+
+
+NOTHING: dict[str, Any] = {"ruleset": None, "rule": None, "estimate": {"rules": 0}}
+LIST = {"ip_lists": ["attackers"]}
+
+PLANS = [
+    _written("a list", "ip.src in $attackers", **LIST),
+    _written("two lists", "(ip.src in $a or ip.src in $b)", ip_lists=["a", "b"]),
+    _written("countries", 'ip.src.country in {"T1" "KP"}', countries=["T1", "KP"]),
+    _written("a list or a country", '(ip.src in $a or ip.src.country in {"T1"})', ip_lists=["a"], countries=["T1"]),
+    _written("a path", 'ip.src in $a and starts_with(http.request.uri.path, "/api/")', ip_lists=["a"], paths=["/api/"]),
+    _written(
+        "two paths",
+        '(starts_with(http.request.uri.path, "/a") or starts_with(http.request.uri.path, "/b"))',
+        paths=["/a", "/b"],
+    ),
+    _written(
+        "a host, but for its responders",
+        'http.host in {"app.example.com"} and not ip.src in $office',
+        hosts=["app.example.com"],
+        except_ip_lists=["office"],
+    ),
+    _written("an expression", 'http.user_agent contains "x"', expression=' http.user_agent contains "x" '),
+    Case(
+        "no rules in the zone yet",
+        _params(**LIST),
+        NOTHING,
+        [("create", NAME)],
+        _after(_rule(), ours=True, others=False),
+    ),
+    Case("in force", _params(**LIST), _facts(_rule()), [], _after(_rule())),
+    Case("in force since an earlier round", _params(**LIST, round=2, mark=f"{INCIDENT}/2"), _facts(_rule())),
+    Case("wanted at another place", _params(**LIST, position="last"), _facts(_rule())),
+    Case("escalated", _params(**LIST), _facts(_rule(action="js_challenge")), [("update", NAME)], _after(_rule())),
+    Case("disabled by hand", _params(**LIST), _facts(_rule(enabled=False)), [("update", NAME)], _after(_rule())),
+    Case("wider", _params(ip_lists=["a"]), _facts(_rule()), [("update", NAME)], _after(_rule("ip.src in $a"))),
+    Case("described", _params(**LIST, description="x"), _facts(), [("create", NAME)], _after(_rule(description="x"))),
+    Case("undo", _params(state="absent"), _facts(_rule()), [("delete", NAME)], _after(None)),
+    Case("undo twice", _params(state="absent"), _facts(), [], _after(None)),
+    Case("undo without rules", _params(state="absent"), NOTHING, [], {"ruleset": None, "rule": None}),
+    Case(
+        "undo in a ruleset of our own",
+        _params(state="absent"),
+        _facts(_rule(), ours=True, others=False),
+        [("delete", NAME), ("delete", "empty ruleset of the incident")],
+        {"ruleset": None, "rule": None},
+    ),
+    Case(
+        "undo that was cut off",
+        _params(state="absent"),
+        _facts(None, ours=True, others=False),
+        [("delete", "empty ruleset of the incident")],
+        {"ruleset": None, "rule": None},
+    ),
+    Case(
+        "undo in a ruleset of our own with rules of others",
+        _params(state="absent"),
+        _facts(_rule(), ours=True),
+        [("delete", NAME)],
+        _after(None, ours=True),
+    ),
+    Case("an empty ruleset of others stays", _params(state="absent"), _facts(None, others=False)),
+    Case("nothing to match", _params(), _facts(), raises="expression: say what the rule matches"),
+    Case("blank", _params(expression="  "), _facts(), raises="expression: say what"),
+    Case("too long", _params(expression="x" * 4097), _facts(), raises="at most 4096"),
+    Case("a name that is none", _params(name="A B", **LIST), _facts(), raises="name:"),
+    Case("a list that is none", _params(ip_lists=["ok", "a b"]), _facts(), raises="ip_lists: number 2"),
+    Case("a country that is none", _params(countries=["Germany"]), _facts(), raises="countries: number 1"),
+    Case("a path that ends the text", _params(paths=['/" or true or "']), _facts(), raises="paths: number 1"),
+    Case("a path that escapes", _params(paths=["/\\"]), _facts(), raises="paths: number 1"),
+    Case("a host that ends the set", _params(hosts=['x"}']), _facts(), raises="hosts: number 1"),
+]
+
+
+class Lab(Row):
+    control = "cloudflare_waf_rule"
+    host = "cf"
+
+    def params(self, lab: Any) -> dict[str, Any]:
+        expression = 'ip.src in {198.51.100.64/26} and starts_with(http.request.uri.path, "/")'
+        return {"name": "row", "expression": expression, "action": "block", **connection(lab)}
+
+    def prepare(self, lab: Any) -> None:
+        control_path(lab, "POST", "reset?rules=40&entries=3")
+
+    def observe(self, lab: Any) -> dict[str, Any]:
+        visitors = {"thief": "127.66.0.66", "neighbour": "127.66.0.5", "user": "127.0.2.7", "responder": "127.0.113.9"}
+        statuses = {name: visit(lab, source) for name, source in visitors.items()}
+        return {"edge": control_path(lab, "GET", "dump"), "statuses": statuses}
+
+    def contained(self, lab: Any, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        assert before["statuses"] == dict.fromkeys(before["statuses"], 200)
+        assert seen["statuses"] == {**before["statuses"], "thief": 403}
+        (old,), (new,) = before["edge"]["rulesets"], seen["edge"]["rulesets"]
+        assert new["rules"][1:] == old["rules"]
+        assert new["rules"][0]["ref"].startswith("firebreak_INC-")
+        assert new["rules"][0]["ref"].endswith("_row")
+        assert {**new, "rules": 0} == {**old, "rules": 0}
+        assert seen["edge"]["lists"] == before["edge"]["lists"]
+
+    def secrets(self, lab: Any) -> list[str]:
+        return [lab.hostvars("cf")["firebreak_cloudflare_token"]]
