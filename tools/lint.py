@@ -71,7 +71,7 @@ def copy_tree(target: Path) -> None:
 
 
 def ruff(_trees: Trees) -> tuple[bool, str]:
-    return run("ruff", "check", "--quiet", ".")
+    return run("ruff", "check", "--quiet", "--output-format", "concise", ".")
 
 
 def ruff_format(_trees: Trees) -> tuple[bool, str]:
