@@ -135,7 +135,7 @@ class Client:
                 method, f"/v1/{urllib.parse.quote(where)}", headers=headers, raise_exception=False, **kwargs
             )
         except _requests.exceptions.RequestException as exc:  # type: ignore[union-attr]
-            raise VaultError(f"{action}: Vault gave no answer ({type(exc).__name__})", 0, _effect_of(exc)) from None
+            raise VaultError(f"{action}: vault_url gave no answer ({type(exc).__name__})", 0, _effect_of(exc)) from None
 
     def _call(self, method: str, where: str, action: str, again: bool, **kwargs: Any) -> tuple[int, dict[str, Any]]:
         """One request. ``again`` allows to repeat it after any passing failure; a rate limit came before any effect."""
