@@ -90,7 +90,7 @@ class Api:
             ),
             ("GET", f"{scope}/({ID})", lambda _b, _q, s, i: ok(edge.ruleset(s, i))),
             ("PUT", f"{scope}/({ID})", lambda b, q, s, i: ok(edge.put_ruleset(s, i, b, dry(q)))),
-            ("DELETE", f"{scope}/({ID})", lambda _b, q, s, i: (204, edge.delete_ruleset(s, i, dry(q)), {})),
+            ("DELETE", f"{scope}/({ID})", self._delete_ruleset),
             ("GET", f"{scope}/({ID})/versions", lambda _b, _q, s, i: ok(edge.versions(s, i))),
             ("GET", f"{scope}/({ID})/versions/([0-9]+)", lambda _b, _q, s, i, v: ok(edge.version(s, i, v))),
             ("POST", f"{scope}/({ID})/rules", lambda b, q, s, i: ok(edge.add_rule(s, i, b, dry(q)))),
@@ -161,6 +161,10 @@ class Api:
     def _verify(self, _body: Any, _query: Query) -> Answer:
         message = {"code": 10000, "message": "This API Token is valid and active", "type": None}
         return 200, {"id": "0" * 32, "status": "active"}, {"messages": [message]}
+
+    def _delete_ruleset(self, _body: Any, query: Query, scope: str, ruleset_id: str) -> Answer:
+        self.edge.delete_ruleset(scope, ruleset_id, dry(query))
+        return 204, None, {}
 
     def _zone(self, _body: Any, _query: Query, zone: str) -> Answer:
         account = {"id": self.edge.account, "name": "lab"}
