@@ -74,7 +74,7 @@ class Lab(Row):
             "path": "app/backend",
             "fields": {name: name for name in FIELDS},
             "env_file": delivered["env_file"],
-            "reload": [delivered["reload_command"]],
+            "reload": delivered["reload"],
             "proof_url": delivered["proof_url"],
         }
         return {**own, **connection(lab, self.host)}
