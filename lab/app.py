@@ -169,6 +169,8 @@ class Application:
         if not hmac.compare_digest(expected.encode(), signature.encode()):
             raise Refused(401, "wrong signature")
         event = _json(body)
+        if "reference" not in event:  # a provider's ping
+            return {"accepted": True, "stored": False}
         try:
             values = (str(event.get("reference"))[:100], int(event.get("amount") or 0))
         except (TypeError, ValueError):
