@@ -33,6 +33,7 @@ SPEC: dict[str, Any] = {
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10
 OLDEST_SERVER = (6, 2)
+LATE = "deadline: the sweep did not end in time. Run the task again, which goes on."
 MOST_PASSES = 5
 MOST_REMEMBERED = 500
 # A request that took an old session just before the last look may write its successor a moment later.
@@ -168,15 +169,12 @@ class Client:
         gone = 0
         for page in _scan(new(), match, count):
             if time.monotonic() > until:
-                raise FirebreakError(f"deadline: the sweep did not end in time; {gone} keys went. Run the task again.")
+                raise FirebreakError(f"{LATE} {gone} keys went in the last scan.")
             keys = pick(page + (watch.changed() if watch else []))
             self._remember(keys)
             gone += work.feed(keys)
         gone += work.drain()
-        if watch:
-            time.sleep(GRACE_SECONDS)
-            gone += work.feed(pick(watch.settled())) + work.drain()
-        return gone
+        return gone + (_settle(watch, work, pick, until) if watch else 0)
 
     def _remember(self, keys: list[bytes]) -> None:
         """A few of the names, for the proof."""
@@ -258,6 +256,7 @@ class _Work:
     def __init__(self, writer: Any, condemn: Condemn | None) -> None:
         self.writer = writer
         self._condemn = condemn
+        self.condemned = 0
         self._unlinking = False
         self._reading: list[bytes] = []
 
@@ -285,7 +284,9 @@ class _Work:
         if not self._reading or not self._condemn:
             return gone, []
         keys, self._reading = self._reading, []
-        return gone, self._condemn(keys, self.writer.read_response())
+        doomed = self._condemn(keys, self.writer.read_response())
+        self.condemned += len(doomed)
+        return gone, doomed
 
 
 class _Watch:
@@ -312,6 +313,20 @@ class _Watch:
             while (message := self._listener.read_response())[0] != b"pong":
                 names += message[-1] or []
         return names
+
+
+def _settle(watch: _Watch, work: _Work, pick: Pick, until: float) -> int:
+    """Follow what is written until nothing of it is old, nor gone again when it is looked at, twice."""
+    gone = quiet = 0
+    while quiet < 2:
+        if time.monotonic() > until:
+            raise FirebreakError(LATE)
+        condemned = work.condemned
+        gone += work.feed(pick(watch.settled())) + work.drain()
+        quiet = quiet + 1 if work.condemned == condemned else 0
+        if quiet == 1:
+            time.sleep(GRACE_SECONDS)
+    return gone
 
 
 def _scan(connection: Any, match: bytes, count: int) -> Iterator[list[bytes]]:

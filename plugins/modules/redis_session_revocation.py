@@ -180,12 +180,11 @@ def read(client: _redis.Client, params: dict[str, Any]) -> Facts:
 def _sampled(client: _redis.Client, params: dict[str, Any], keys: int) -> dict[str, int]:
     names, complete = client.sample(SAMPLED_PAGES, params["batch"])
     found = template(params).pick(names)
+    estimate = {"sessions": len(found) if complete else round(keys * len(found) / max(1, len(names)))}
+    if params.get("issued_before") is None:
+        return estimate
     times = issued(client.values(found[:SAMPLED_VALUES]), params["issued_at"])
-    return {
-        "sessions": len(found) if complete else round(keys * len(found) / max(1, len(names))),
-        "sampled_sessions": len(times),
-        "without_time": times.count(None),
-    }
+    return {**estimate, "sampled_sessions": len(times), "without_time": times.count(None)}
 
 
 def plan(params: dict[str, Any], facts: Facts) -> Plan:
