@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ class Lock:
         self._file: Any = None
 
     def take(self) -> bool:
+        """Once more where somebody is just asking who holds it."""
+        for _ in range(4):
+            if self._try():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _try(self) -> bool:
         self._file = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,7 +34,7 @@ def prepare(directory: Path) -> Lock:
     if not lock.take():
         raise LabError(f"a lab runs in {directory} already: `python -m lab down` ends it")
     for name in ("run", "log", "app"):
-        shutil.rmtree(directory / name, ignore_errors=True)
+        _wipe(directory / name)
         (directory / name).mkdir(mode=0o700)
     for name in (
         "inventory.yml",
@@ -49,6 +49,16 @@ def prepare(directory: Path) -> Lock:
         (directory / name).unlink(missing_ok=True)
     (directory / "cases").mkdir(mode=0o700, exist_ok=True)
     return lock
+
+
+def _wipe(folder: Path) -> None:
+    """The servers of a lab that was killed a moment ago may still be writing."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.03)
+    raise LabError(f"{folder} cannot be removed")
 
 
 class Supervisor:

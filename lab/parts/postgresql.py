@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 from importlib import metadata, util
 from pathlib import Path
 
 from .. import LabError, files
 from ..process import Process
-from . import Site
+from . import USERS, Site, people
 
 SETTINGS = """\
 listen_addresses = '127.0.0.1'
@@ -205,19 +204,11 @@ async def _psql(site: Site, database: str, script: str) -> None:
 
 
 def _user_rows(site: Site) -> str:
-    from . import USERS, people
-
     site.people[:] = people.make(USERS)
     return "\n".join(
         "\t".join([str(row["id"]), row["email"], f"User {row['id']:03d}", row["password_hash"], "a regular customer"])
         for row in site.people
     )
-
-
-def forget(site: Site) -> None:
-    """Remove the data of an earlier run."""
-    for name in ("pg1", "pg2"):
-        shutil.rmtree(site.run / name, ignore_errors=True)
 
 
 def tools_path() -> str:

@@ -126,6 +126,15 @@ def test_up_leaves_a_lab_that_down_ends(tmp_path: Path) -> None:
     assert (tmp_path / "cases" / "kept").read_text() == "a case"
 
 
+def test_a_killed_lab_is_followed_by_a_fresh_one_at_once(tmp_path: Path) -> None:
+    process = start_lab(tmp_path)
+    processes = family(tmp_path)
+    process.kill()
+    process.communicate()
+    end_lab(start_lab(tmp_path))
+    all_gone(processes)
+
+
 def test_an_ordinary_user_has_a_lab_too(tmp_path: Path) -> None:
     """For root: the whole lab under another user number, without any capability. Else the suite's own lab is the proof."""
     uid = unprivileged_uid()
