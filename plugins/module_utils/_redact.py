@@ -10,9 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
-from ansible.module_utils.common.parameters import remove_values
-
 SHORTEST_SUBSTRING = 6
+HIDDEN = "********"
 
 
 class Held(MutableMapping[str, Any]):
@@ -59,8 +58,7 @@ class Secrets:
 
     def censor(self, result: Any) -> Any:
         """The same structure of plain JSON types, with every secret replaced, in keys too."""
-        plain = json.loads(json.dumps(result, default=str))
-        return remove_values(_with_clean_keys(plain, self._values), self._values) if self._values else plain
+        return _clean(json.loads(json.dumps(result, default=str)), self._values)
 
     def found_in(self, structure: Any) -> bool:
         """Whether a secret stands in this structure, whole or as a part of a longer text."""
@@ -83,13 +81,22 @@ def _texts(structure: Any) -> Iterator[str]:
         yield structure
 
 
-def _with_clean_keys(structure: Any, values: set[str]) -> Any:
-    """``remove_values`` leaves the keys of mappings alone."""
+def _clean(structure: Any, values: set[str]) -> Any:
     if isinstance(structure, dict):
-        return {
-            ("********" if _holds(key, values) else key): _with_clean_keys(value, values)
-            for key, value in structure.items()
-        }
+        return {_clean(key, values): _clean(value, values) for key, value in structure.items()}
     if isinstance(structure, list):
-        return [_with_clean_keys(value, values) for value in structure]
-    return structure
+        return [_clean(value, values) for value in structure]
+    if isinstance(structure, str):
+        return _clean_text(structure, values)
+    # A secret that was given where a number is expected comes back as a number.
+    return HIDDEN if not isinstance(structure, bool) and structure is not None and _holds(str(structure), values) else structure
+
+
+def _clean_text(text: str, values: set[str]) -> str:
+    """A short secret is replaced where it stands alone only: as a part of other words it tells nothing, and would hide them."""
+    if text in values:
+        return HIDDEN
+    for value in values:
+        if len(value) >= SHORTEST_SUBSTRING:
+            text = text.replace(value, HIDDEN)
+    return text
