@@ -60,7 +60,7 @@ options:
   batch:
     description: How many keys the server looks at in one step, up to 1000. More makes other clients wait.
     type: int
-    default: 1000
+    default: 500
   deadline:
     description: Seconds after which the sweep gives up. What was revoked until then stays so, and running the task again goes on.
     type: int
@@ -161,7 +161,7 @@ SPEC: dict[str, Any] = {
         "users": {"type": "list", "elements": "str"},
         "issued_before": {"type": "str"},
         "issued_at": {"type": "str", "default": "iat"},
-        "batch": {"type": "int", "default": 1000},
+        "batch": {"type": "int", "default": 500},
         "deadline": {"type": "int", "default": 110},
     },
     "required_if": [("scope", "users", ["users"])],

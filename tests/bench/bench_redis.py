@@ -142,7 +142,7 @@ def measure(port: int, keys: int, way: Callable[..., None], own: dict[str, Any])
 WAYS: list[tuple[str, Callable[..., None], dict[str, Any]]] = [
     ("floor: overlapped SCAN and UNLINK", floor, {}),
     ("all sessions, whenever begun", control, {}),
-    ("all sessions, batch 500", control, {"batch": 500}),
+    ("all sessions, batch 1000", control, {"batch": 1000}),
     ("begun before T (values read, second scan)", control, {"issued_before": str(IAT + 1)}),
 ]
 

@@ -228,15 +228,15 @@ def test_without_tracking_the_scans_alone_must_find_none(cache: redis.Redis) -> 
 
 def test_a_replica_is_refused(cache: redis.Redis, tmp_path: Path) -> None:
     master = f"replicaof 127.0.0.1 {port_of(cache)}"
-    with valkey(tmp_path, f"requirepass {PASSWORD}", f"masterauth {PASSWORD}", master) as replica:
-        with pytest.raises(Refused, match="redis_host: .* replica"):
-            revoke(replica)
+    lines = (f"requirepass {PASSWORD}", f"masterauth {PASSWORD}", master)
+    with valkey(tmp_path, *lines) as replica, pytest.raises(Refused, match="redis_host: this server is a replica"):
+        revoke(replica)
 
 
 def test_a_node_of_a_cluster_is_refused(tmp_path: Path) -> None:
-    with valkey(tmp_path, f"requirepass {PASSWORD}", "cluster-enabled yes", f"cluster-port {free_port()}") as node:
-        with pytest.raises(Refused, match="redis_host: .* cluster"):
-            revoke(node)
+    lines = (f"requirepass {PASSWORD}", "cluster-enabled yes", f"cluster-port {free_port()}")
+    with valkey(tmp_path, *lines) as node, pytest.raises(Refused, match="redis_host: a cluster"):
+        revoke(node)
 
 
 @pytest.mark.parametrize(
