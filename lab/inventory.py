@@ -12,6 +12,8 @@ from .parts import AFFECTED_USERS, STAFF, Site, postgresql, services
 
 RESPONDERS = "203.0.113.0/24"
 THIEF = "198.51.100.66"
+THIEF_SOURCE = "127.66.0.66"  # who the edge takes for that
+USER = 20  # somebody whose things nobody stole
 ROTATED = ["JWT_SECRET", "WEBHOOK_SECRET"]
 
 
@@ -165,8 +167,31 @@ def _application(site: Site) -> dict[str, Any]:
         "ansible_remote_tmp": str(folder / "tmp"),  # the system knows no user `lab`, so no ~lab
         "firebreak_health_url": f"{services.app_url(site)}/health",
         "firebreak_secrets_delivered": [delivered],
+        "firebreak_verify_checks": _checks(site),
     }
     return values | (_vault_connection(site) if "vault" in site.processes else {})
+
+
+def _checks(site: Site) -> list[dict[str, Any]]:
+    """What must hold once it is contained: users get in, the thief's address does not, and the numbers go on."""
+    url = services.app_url(site)
+    person = {name: site.people[USER][name] for name in ("email", "password")}
+    checks: list[dict[str, Any]] = [
+        {
+            "name": "users log in",
+            "url": f"{url}/api/auth/login",
+            "method": "POST",
+            "body": person,
+            "expect": {"present": ["access_token", "refresh_token"]},
+            "then": {"url": f"{url}/api/me"},
+            "source_address": "127.0.2.21",
+        },
+        {"name": "metrics", "url": f"{url}/obs/metrics", "expect": {"contains": "divan_http_requests_total"}},
+    ]
+    if "cf" in site.processes:
+        thief = {"name": "thief at the edge", "url": f"{url}/health", "must": "refuse", "expect_status": [403]}
+        checks.append({**thief, "source_address": THIEF_SOURCE})
+    return checks
 
 
 def write(site: Site) -> None:

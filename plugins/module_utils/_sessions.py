@@ -69,7 +69,7 @@ def epoch(option: str, text: str) -> float:
     moment = _moment(text)
     if moment is None:
         raise Refused(f"{option}: give seconds since 1970, or ISO 8601 with a time zone as in 2026-11-20T03:00:00Z")
-    return moment
+    return round(moment, 6)  # what ISO 8601 can say, so that the time in a mark is the time that was asked for
 
 
 def iso(moment: float) -> str:

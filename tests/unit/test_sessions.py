@@ -86,6 +86,9 @@ def test_the_cut_is_strict_and_what_does_not_tell_is_old() -> None:
 def test_a_time_survives_being_written() -> None:
     assert iso(epoch("issued_before", "1795143600")) == "2026-11-20T03:00:00Z"
     assert epoch("issued_before", iso(1795143600.25)) == 1795143600.25
+    for number in range(500):  # a clock tells more digits than ISO 8601 holds
+        moment = epoch("issued_before", repr(1795143600.1234567 + number * 0.0137))
+        assert epoch("issued_before", iso(moment)) == moment
 
 
 def test_a_metric_is_summed_over_its_labels_and_no_comment_counts() -> None:
