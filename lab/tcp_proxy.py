@@ -100,12 +100,12 @@ class Connection:
 
     def close(self, reset: bool = False) -> None:
         for end in self._ends["up"]:
+            if reset:
+                _reset(end)
+                continue
             with contextlib.suppress(OSError):
-                if reset:
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-                else:
-                    end.shutdown(socket.SHUT_RDWR)
-                end.close()
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
 
 class TcpProxy:
@@ -172,21 +172,34 @@ class TcpProxy:
         while not self.closed:
             try:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                if self.refusing:
-                    raise ConnectionRefusedError
-                server = socket.create_connection(self._target, 5, (self._source, 0) if self._source else None)
-                server.settimeout(None)
-            except OSError:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-                client.close()
+            except OSError:  # closed, or a client that is gone again
+                time.sleep(0.01)
                 continue
-            with self._lock:
-                self.accepted += 1
-                self._connections = [each for each in self._connections if each.open]
-                self._connections.append(Connection(self, client, server))
+            threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        """In a thread of its own: a server that is slow to answer, or a client that left, keeps nobody else waiting."""
+        try:
+            if self.refusing:
+                raise ConnectionRefusedError
+            server = socket.create_connection(self._target, 5, (self._source, 0) if self._source else None)
+            server.settimeout(None)
+            connection = Connection(self, client, server)
+        except OSError:
+            _reset(client)
+            return
+        with self._lock:
+            self.accepted += 1
+            self._connections = [each for each in self._connections if each.open]
+            self._connections.append(connection)
+
+
+def _reset(end: socket.socket) -> None:
+    """A reset instead of a goodbye. Who waits for data is woken first, or the kernel keeps the connection open for it."""
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        end.shutdown(socket.SHUT_RD)
+    end.close()
 
 
 def _handler(proxy: TcpProxy) -> type[BaseHTTPRequestHandler]:
