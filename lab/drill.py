@@ -70,7 +70,9 @@ def main() -> int:
     if lab("up", "--thief"):
         return 1
     running = Lab(folder)
-    running.until(lambda: bool(running.thief.summary()) and bool(running.crowd.summary()), "thief and users do not begin")
+    running.until(
+        lambda: bool(running.thief.summary()) and bool(running.crowd.summary()), "thief and users do not begin"
+    )
     say(f"\nThe thief is in. It steals for {BEFORE:.0f} seconds through {len(running.thief.summary()['doors'])} doors.")
     time.sleep(BEFORE)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()

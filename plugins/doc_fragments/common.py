@@ -87,8 +87,8 @@ options:
     type: float
   assumed:
     description:
-      - What an earlier task of the same control has planned, its RV(ignore:state_after), so that a dry run of several steps predicts each of
-        them. Used in check mode only.
+      - What an earlier task of the same control has planned, its C(state_after), so that a dry run of several steps predicts each of them.
+      - Used in check mode only.
     type: dict
   unattended:
     description: Whether no person watches this run. Then only what can be undone is changed, at most 25 times an hour.

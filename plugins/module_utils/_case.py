@@ -158,7 +158,7 @@ class Stream:
 
     def load(self) -> None:
         """Find the newest entry: one LIST and one GET."""
-        names = self.case.store.list(self.folder)
+        names = self.case.store.names(self.folder)
         self.head = self.entry(int(names[-1].removesuffix(".json"))) if names else None
 
     def entry(self, seq: int) -> Entry:

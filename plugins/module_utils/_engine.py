@@ -239,7 +239,7 @@ def _approved(task: Task) -> None:
     if case is None:
         return
     places = [
-        (_case.RUN, int(name.removesuffix(".json"))) for name in case.store.list(f"{case.id}/journal/{_case.RUN}")
+        (_case.RUN, int(name.removesuffix(".json"))) for name in case.store.names(f"{case.id}/journal/{_case.RUN}")
     ]
     for entry in case.fetch(places):
         approves = entry.body.get("approves") or []

@@ -90,7 +90,7 @@ class Evidence:
         """When preserving began, in this round, for what these references name; None where nobody preserves."""
         if self._case is None or not references:
             return None
-        names = self._case.store.list(f"{self._case.id}/journal/{_case.RUN}")
+        names = self._case.store.names(f"{self._case.id}/journal/{_case.RUN}")
         for entry in self._case.fetch([(_case.RUN, int(name.removesuffix(".json"))) for name in names]):
             if entry.body.get("begins") == "preserve" and entry.doc["round"] == self._round:
                 return float(entry.body["at"])

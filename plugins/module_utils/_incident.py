@@ -62,7 +62,7 @@ def key_of(params: dict[str, Any]) -> str:
 
 
 def entries_of(case: Case, stream: str) -> list[Entry]:
-    names = case.store.list(f"{case.id}/journal/{stream}")
+    names = case.store.names(f"{case.id}/journal/{stream}")
     return case.fetch([(stream, int(name.removesuffix(".json"))) for name in names])
 
 
@@ -106,7 +106,7 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
     """
     key = key_of(params)
     for _attempt in range(200):
-        claims = store.list(f"keys/{key}")
+        claims = store.names(f"keys/{key}")
         newest = int(claims[-1]) if claims else 0
         case = _claimed(store, key, newest, params, context) if newest else None
         head = _head(case) if case is not None else None
@@ -116,9 +116,15 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
                 return case, opened
             continue
         # The number that a claim names may have gone to another key.
-        if case is not None and head is not None and head.body.get("key") == key and not state_of(case).get("closed"):
-            if not params.get("new") or head.run == context.run_id:
-                return case, False
+        ours = case is not None and head is not None and head.body.get("key") == key
+        if (
+            case
+            and head
+            and ours
+            and not state_of(case).get("closed")
+            and (not params.get("new") or head.run == context.run_id)
+        ):
+            return case, False
         if context.check_mode:
             raise LookupError
         identity = next_id(store)
@@ -143,7 +149,7 @@ def _head(case: Case) -> Entry | None:
 def next_id(store: Store) -> str:
     """INC-YYYY-MMDD-NNN, by the store's date (UTC)."""
     day = datetime.datetime.fromtimestamp(store.now(), datetime.UTC).strftime("INC-%Y-%m%d-")
-    taken = [int(name[len(day) :]) for name in store.list("") if re.fullmatch(re.escape(day) + r"\d{3,}", name)]
+    taken = [int(name[len(day) :]) for name in store.names("") if re.fullmatch(re.escape(day) + r"\d{3,}", name)]
     return f"{day}{max(taken, default=0) + 1:03d}"
 
 
@@ -181,8 +187,7 @@ def continued(case: Case, params: dict[str, Any]) -> dict[str, Any]:
     state = state_of(case)
     if state.get("closed"):
         raise Refused(f"incident_id: {case.id} is closed; open a new incident (firebreak_incident_new: true)")
-    last = datetime.datetime.strptime(state["last"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.UTC)
-    idle = case.context.clock() - last.timestamp()
+    idle = case.context.clock() - datetime.datetime.fromisoformat(state["last"]).timestamp()
     if idle > IDLE_HOURS * 3600 and not params.get("incident_id"):
         raise Refused(
             f"incident_id: {case.id} ({state['title']}, {state['severity']}) was left alone for {idle / 3600:.0f} h; "

@@ -38,7 +38,7 @@ class Held(MutableMapping[str, Any]):
     def _refuse(self, *_args: Any) -> NoReturn:
         raise TypeError("held values do not leave memory")
 
-    __repr__ = __str__ = __format__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse  # type: ignore[assignment]
+    __repr__ = __str__ = __format__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse
 
 
 class Secrets:
@@ -89,7 +89,11 @@ def _clean(structure: Any, values: set[str]) -> Any:
     if isinstance(structure, str):
         return _clean_text(structure, values)
     # A secret that was given where a number is expected comes back as a number.
-    return HIDDEN if not isinstance(structure, bool) and structure is not None and _holds(str(structure), values) else structure
+    return (
+        HIDDEN
+        if not isinstance(structure, bool) and structure is not None and _holds(str(structure), values)
+        else structure
+    )
 
 
 def _clean_text(text: str, values: set[str]) -> str:

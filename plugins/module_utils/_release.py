@@ -58,7 +58,7 @@ class Report:
         self.after[control] = result["diff"]["after"]
 
     def result(self) -> dict[str, Any]:
-        shown = {
+        shown: dict[str, Any] = {
             "changed": bool(self.changes),
             "changes": self.changes,
             "conflicts": self.conflicts,
@@ -112,7 +112,8 @@ class Undo:
             for change in group:
                 verdict = compare(facts, change)
                 needed += verdict["needed"]
-                conflicts += [{**self._line(change), "element": one, "why": "changed by somebody else since"} for one in verdict["conflict"]]
+                line = {**self._line(change), "why": "changed by somebody else since"}
+                conflicts += [{**line, "element": one} for one in verdict["conflict"]]
             if conflicts and not self.params["force"]:
                 self.report.conflicts += conflicts
                 if group[0]["bulk"] is None:
@@ -149,7 +150,9 @@ class Undo:
         given |= {"round": self.intent.doc["round"], "unattended": False, "two_person": False, **undo}
         checked = ModuleArgumentSpecValidator(options, **spec).validate(given)
         if checked.error_messages:
-            raise FirebreakError("the recorded undo does not fit this version's options; release it by hand", effect="none")
+            raise FirebreakError(
+                "the recorded undo does not fit this version's options; release it by hand", effect="none"
+            )
         context = dataclasses.replace(self.context)
         return _engine.prepare(control, checked.validated_parameters, context)
 

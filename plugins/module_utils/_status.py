@@ -30,7 +30,9 @@ def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dic
             "id": case.id,
             **{key: value for key, value in state.items() if key not in ("key", "seals")},
         },
-        "phases": _phases([*run, *(entry for entries in by_stream.values() for entry in entries)], _run_shown(case, run)),
+        "phases": _phases(
+            [*run, *(entry for entries in by_stream.values() for entry in entries)], _run_shown(case, run)
+        ),
         "done": [],
         "open": [],
         "irreversible": [],
@@ -48,8 +50,12 @@ def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dic
                 turns.add(turn_of(state["seals"], name, item["seq"]))
     result["turns"] = sorted(turns, reverse=True)
     for host in hosts or []:
-        if not any(entry.doc["round"] == round_number for name in by_stream if _is_of(name, host) for entry in by_stream[name]):
-            result["open"].append({"host": host, "control": "-", "state": "untouched", "why": "no control of this round ran there"})
+        if not any(
+            entry.doc["round"] == round_number for name in by_stream if _is_of(name, host) for entry in by_stream[name]
+        ):
+            result["open"].append(
+                {"host": host, "control": "-", "state": "untouched", "why": "no control of this round ran there"}
+            )
     return result
 
 
@@ -86,8 +92,7 @@ def _phases(entries: list[Entry], run_id: str) -> list[dict[str, Any]]:
 
 
 def seconds_of(entry: Entry) -> float:
-    moment = datetime.datetime.strptime(entry.doc["time"], "%Y-%m-%dT%H:%M:%S.%fZ")
-    return moment.replace(tzinfo=datetime.UTC).timestamp()
+    return datetime.datetime.fromisoformat(entry.doc["time"]).timestamp()
 
 
 def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
@@ -167,13 +172,22 @@ def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict
             result["irreversible"].append({**line, "why": change["irreversible"]})
 
 
+SECTIONS = (
+    ("done, and put back by release", "reversible", "{action} {target}"),
+    ("done, and final", "irreversible", "{action} {target} ({why})"),
+    ("guards that were overridden", "overrides", "{control}: {guard}, {reason}"),
+    ("NOT CONTAINED, still open", "open", "{control} {state}: {why}"),
+)
+
+
 def screen(seen: dict[str, Any]) -> list[str]:
     """The last screen: what was done, how fast, what is open, and how to undo it."""
     incident = seen["incident"]
+    run = f"ansible-playbook -i <inventory> firebreak.incident.%s -e firebreak_incident_id={incident['id']}"
     lines = [
         "",
         f"{incident['id']}  {incident['severity']} = {incident['priority']} = {incident['alert']}  {incident['title']}",
-        f"type {incident['type']}, status {incident['status']}, owner {incident.get('owner') or '-'}, opened {incident['created'][:19]}Z",
+        f"type {incident['type']}, {incident['status']}, owner {incident['owner'] or '-'}, opened {incident['created'][:19]}Z",
     ]
     if seen["spooled"]:
         lines += [
@@ -184,26 +198,14 @@ def screen(seen: dict[str, Any]) -> list[str]:
     for phase in seen["phases"]:
         late = "  LATE" if phase["seconds"] > phase["target_seconds"] else ""
         lines.append(f"  {phase['name']:<12}{phase['seconds']:>7.1f}{phase['target_seconds']:>9}{late}")
-    for title, key, text in (
-        ("done", "done", lambda one: f"{one['action']} {one['target']}"),
-        ("cannot be undone", "irreversible", lambda one: f"{one['action']} {one['target']}: {one['why']}"),
-        ("overridden guards", "overrides", lambda one: f"{one['control']}: {one['guard']}, {one['reason']}"),
-        ("NOT CONTAINED, still open", "open", lambda one: f"{one['control']} {one['state']}: {one['why']}"),
-    ):
-        if seen[key]:
-            lines += ["", f"{title}:"] + [f"  {one['host']:<8} {text(one)}" for one in seen[key]]
-    lines += [
-        "",
-        "everything is contained."
-        if not seen["open"]
-        else f"{len(seen['open'])} not contained: run the same command again.",
-    ]
-    lines += [
-        f"undo:   ansible-playbook -i <inventory> firebreak.incident.release -e firebreak_incident_id={incident['id']}"
-    ]
+    final = [{name: line[name] for name in line if name != "why"} for line in seen["irreversible"]]
+    shown = {**seen, "reversible": [line for line in seen["done"] if line not in final]}
+    for title, key, form in SECTIONS:
+        if shown[key]:
+            lines += ["", f"{title}:", *(f"  {line['host']:<8} {form.format(**line)}" for line in shown[key])]
+    still = len(seen["open"])
+    lines += ["", f"{still} not contained: run the same command again." if still else "Everything is contained."]
+    lines.append(f"undo:   {run % 'release'}")
     if seen["seal"]:
-        lines.append(
-            f"verify: ansible-playbook -i <inventory> firebreak.incident.verify_case -e firebreak_incident_id={incident['id']} "
-            f"-e firebreak_expect={seen['seal']['digest']}"
-        )
+        lines.append(f"verify: {run % 'verify_case'} -e firebreak_expect={seen['seal']['digest']}")
     return [*lines, ""]

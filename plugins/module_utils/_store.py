@@ -17,7 +17,7 @@ import os
 import pathlib
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from . import _aws
@@ -40,7 +40,7 @@ class FileStore:
     def now(self) -> float:
         return self._context.clock()
 
-    def list(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         """Names directly below ``prefix``, sorted."""
         with self._errors("read"):
             try:
@@ -196,13 +196,13 @@ class S3Store:
         """The store's time, as its last answer told it; one clock for all machines, to the second."""
         return self._context.clock() + self._offset
 
-    def list(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         below = self._folder(prefix)
-        names = []
+        found = []
         for page in self._pages(Prefix=below, Delimiter="/"):
-            names += [entry["Key"][len(below) :] for entry in page.get("Contents", [])]
-            names += [entry["Prefix"][len(below) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
-        return sorted(names)
+            found += [entry["Key"][len(below) :] for entry in page.get("Contents", [])]
+            found += [entry["Prefix"][len(below) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        return sorted(found)
 
     def walk(self, prefix: str) -> list[str]:
         below = self._folder(prefix)
@@ -240,7 +240,7 @@ class S3Store:
         start = len(self._key(""))
         seen: dict[str, int] = {}
         bad: set[str] = set()
-        marker: dict[str, str] = {}
+        marker: dict[str, Any] = {}
         while True:
             page = self._call("list_object_versions", Prefix=self._key(prefix), **marker)
             for entry in page.get("Versions", []):
@@ -265,7 +265,7 @@ class S3Store:
         return key if not key or key.endswith("/") else f"{key}/"
 
     def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:
-        token: dict[str, str] = {}
+        token: dict[str, Any] = {}
         while True:
             page = self._call("list_objects_v2", **arguments, **token)
             yield page
@@ -304,21 +304,17 @@ def open_store(params: dict[str, Any], context: Context) -> Store:
     if not uri:
         raise Refused("case_store: name the case store (set firebreak_case_store), for example s3://bucket/prefix?...")
     parts = urllib.parse.urlsplit(str(uri))
-    opener: Callable[[], Store] | None = None
     if parts.scheme == "file" and parts.path.startswith("/") and not parts.netloc:
         if params.get("site") != "lab" and _inside_throw_away_job():
             raise Refused(
                 "case_store: file:// would be lost with this job's disk; name an s3:// store in firebreak_case_store"
             )
-        opener = lambda: FileStore(urllib.parse.unquote(parts.path), context)
-    elif parts.scheme == "s3" and parts.netloc:
-        place = _aws.S3Place.parse(str(uri))
-        opener = lambda: S3Store(place, params, context)
-    if opener is None:
-        raise Refused(
-            "case_store: give file:///absolute/folder or s3://bucket/prefix?region=..&lock_mode=..&retention_days=.."
-        )
-    return opener()
+        return FileStore(urllib.parse.unquote(parts.path), context)
+    if parts.scheme == "s3" and parts.netloc:
+        return S3Store(_aws.S3Place.parse(str(uri)), params, context)
+    raise Refused(
+        "case_store: give file:///absolute/folder or s3://bucket/prefix?region=..&lock_mode=..&retention_days=.."
+    )
 
 
 def _inside_throw_away_job() -> bool:

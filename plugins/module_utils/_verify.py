@@ -21,7 +21,9 @@ def seal(case: Case, begins: str | None = None) -> Entry:
     heads = {name: [entry.seq, entry.digest] for name, entry in case.heads().items()}
     heads.pop(RUN, None)
     turns = [entry.body["turn"] for entry in entries_of(case, RUN) if entry.kind == "seal"]
-    return case.record(RUN, "seal", {"turn": max(turns, default=0) + 1, "heads": heads, "begins": begins, "at": case.context.clock()})
+    return case.record(
+        RUN, "seal", {"turn": max(turns, default=0) + 1, "heads": heads, "begins": begins, "at": case.context.clock()}
+    )
 
 
 def turn_of(seals: list[dict[str, Any]], stream: str, seq: int) -> int:

@@ -72,8 +72,8 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _verify
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Info
-from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
+from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
 SPEC: dict[str, Any] = {"argument_spec": {"expect": {"type": "str"}}}
 
@@ -83,7 +83,9 @@ def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
     if not seen["valid"]:
         first = seen["first_bad"]
         raise FirebreakError(f"the case {client.id} was altered: {first['entry']}: {first['why']}", **seen)
-    seen["screen"] = [f"{client.id}: {seen['entries']} entries in {seen['streams']} streams, {len(seen['seals'])} seals: all as written"]
+    seen["screen"] = [
+        f"{client.id}: {seen['entries']} entries in {seen['streams']} streams, {len(seen['seals'])} seals: all as written"
+    ]
     return seen
 
 

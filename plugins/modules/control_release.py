@@ -82,7 +82,14 @@ incident_id:
 
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _case, _cloudflare, _postgresql, _redis, _release, _vault
+from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _case,
+    _cloudflare,
+    _postgresql,
+    _redis,
+    _release,
+    _vault,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Record
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 

@@ -117,8 +117,8 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _incident, _status
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Record
-from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import Refused
+from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._store import open_store
 
 SPEC: dict[str, Any] = {
@@ -155,7 +155,10 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         state = _incident.view(case)
     shown = {
         "id": case.id,
-        **{name: state[name] for name in ("type", "title", "severity", "priority", "alert", "status", "created", "owner")},
+        **{
+            name: state[name]
+            for name in ("type", "title", "severity", "priority", "alert", "status", "created", "owner")
+        },
     }
     return {
         "changed": opened or began,
@@ -166,7 +169,9 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         "expires": state["expires"],
         "troubles": {} if opened else _status.troubles(case, params["round"]),
         "diff": {"before": {}, "after": shown if opened else {}},
-        "screen": [f"{'opened' if opened else 'continuing'} {case.id}: {shown['title']}, {shown['severity']}, {shown['created'][:19]}Z"],
+        "screen": [
+            f"{'opened' if opened else 'continuing'} {case.id}: {shown['title']}, {shown['severity']}, {shown['created'][:19]}Z"
+        ],
     }
 
 
@@ -183,7 +188,13 @@ def _find(params: dict[str, Any], context: Context) -> tuple[_case.Case, bool] |
 
 def _planned(params: dict[str, Any], severity: str, context: Context) -> dict[str, Any]:
     priority, alert = _incident.CROSSWALK[severity]
-    shown = {"type": params["type"], "title": params["title"], "severity": severity, "priority": priority, "alert": alert}
+    shown = {
+        "type": params["type"],
+        "title": params["title"],
+        "severity": severity,
+        "priority": priority,
+        "alert": alert,
+    }
     return {
         "changed": True,
         "continued": False,

@@ -82,11 +82,16 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _incident, _verify
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Record
+from ansible_collections.firebreak.incident.plugins.module_utils._errors import StoreUnavailable
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
 SPEC: dict[str, Any] = {
     "argument_spec": {
-        "kind": {"type": "str", "required": True, "choices": ["note", "decision", "phase", "seal", "failed", "notified"]},
+        "kind": {
+            "type": "str",
+            "required": True,
+            "choices": ["note", "decision", "phase", "seal", "failed", "notified"],
+        },
         "text": {"type": "str"},
         "begins": {"type": "str"},
         "approves": {"type": "list", "elements": "str"},
@@ -116,9 +121,9 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
     nothing = {"changed": False, "entry": "", "digest": ""}
     if case is None or context.check_mode:
         return {**nothing, "changed": params["kind"] != "failed"}
-    _incident.state_of(case)
     if params["kind"] == "failed":
         return _failed(case, params, context) or nothing
+    _incident.state_of(case)
     if params["kind"] == "seal":
         entry = _verify.seal(case, params["begins"])
         _incident.view(case)
@@ -135,12 +140,21 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
 def _failed(case: _case.Case, params: dict[str, Any], context: Context) -> dict[str, Any] | None:
     """The last word on a role that failed, unless the engine has spoken in this run."""
     stream = case.stream(str(params["host"]))
+    body = {"role": params["role"], "why": params["text"] or "see the task's output"}
+    try:
+        return _told(case, stream, body, context)
+    except StoreUnavailable:
+        _case.spool(stream, "failed", body)
+        return {"changed": True, "entry": "", "digest": "", "spooled": stream.spooled}
+
+
+def _told(case: _case.Case, stream: _case.Stream, body: dict[str, str], context: Context) -> dict[str, Any] | None:
     for name in (stream.name, f"{stream.name}.evidence"):
         one = _case.Stream(case, name)
         one.load()
         if one.head is not None and one.head.run == context.run_id and one.head.kind in ("failed", "refused"):
             return None
-    entry = case.record(stream.name, "failed", {"role": params["role"], "why": params["text"] or "see the task's output"})
+    entry = case.record(stream.name, "failed", body)
     return {"changed": True, "entry": f"{stream.name}/{entry.seq}", "digest": entry.digest}
 
 

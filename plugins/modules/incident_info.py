@@ -99,8 +99,8 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _status
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Info
-from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
+from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
 SPEC: dict[str, Any] = {
     "argument_spec": {
@@ -118,7 +118,9 @@ def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
     if params["require_contained"] and (seen["open"] or seen["spooled"]):
         what = ", ".join(f"{one['host']} {one['control']}" for one in seen["open"])
         shown = {"screen": seen.get("screen", [])}
-        raise FirebreakError(f"{client.id} is not contained: {what or 'the case store was lost'}; run the same command again", **shown)
+        raise FirebreakError(
+            f"{client.id} is not contained: {what or 'the case store was lost'}; run the same command again", **shown
+        )
     return seen
 
 

@@ -14,9 +14,20 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _case, _engine, _incident, _release, _store, _verify
+from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _case,
+    _engine,
+    _incident,
+    _release,
+    _store,
+    _verify,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
-from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError, Refused, StoreUnavailable
+from ansible_collections.firebreak.incident.plugins.module_utils._errors import (
+    FirebreakError,
+    Refused,
+    StoreUnavailable,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
 from ansible_collections.firebreak.incident.plugins.modules import incident, incident_event
 
@@ -68,13 +79,15 @@ def read(client: Register, params: dict[str, Any]) -> dict[str, Any]:
 
 def plan(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
     before = facts["values"]
-    wanted = {name: params["value"] for name in params["names"]} if params["value"] else {}
+    wanted = dict.fromkeys(params["names"], params["value"]) if params["value"] else {}
     changes = []
     for name in params["names"]:
         if before.get(name) != wanted.get(name):
             undo = {"names": [name], "value": before.get(name) or ""}
             changes.append(Change("set", name, ("values", name), undo=undo))
-    return Plan(facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all",) * (len(changes) > 5))
+    return Plan(
+        facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all",) * (len(changes) > 5)
+    )
 
 
 def apply(client: Register, params: dict[str, Any], change: Change) -> None:
@@ -111,7 +124,9 @@ def params(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 def opened(params: dict[str, Any], **more: Any) -> dict[str, Any]:
     options = {name: option.get("default") for name, option in incident.SPEC["argument_spec"].items()}
     context = Context(run_id=os.urandom(3).hex(), actor="tester")
-    return _engine.execute(incident.CONTROL, {**params, **options, "type": "data_breach", "affected": ["r1"], **more}, context)
+    return _engine.execute(
+        incident.CONTROL, {**params, **options, "type": "data_breach", "affected": ["r1"], **more}, context
+    )
 
 
 def go(params: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -125,7 +140,7 @@ def case_of(params: dict[str, Any]) -> _case.Case:
 
 def kinds(params: dict[str, Any]) -> list[str]:
     case = case_of(params)
-    names = case.store.list(f"{case.id}/journal/r1")
+    names = case.store.names(f"{case.id}/journal/r1")
     return [case.stream("r1").entry(number).kind for number in range(1, len(names) + 1)]
 
 
@@ -153,7 +168,9 @@ def undo(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -
 
     real = _release.importlib.import_module
     module = types.SimpleNamespace(CONTROL=CONTROL)
-    monkeypatch.setattr(_release.importlib, "import_module", lambda name: module if name.endswith(".register") else real(name))
+    monkeypatch.setattr(
+        _release.importlib, "import_module", lambda name: module if name.endswith(".register") else real(name)
+    )
     context = Context(run_id="release", actor="tester", check_mode=more.pop("check_mode", False))
     full = {"turn": None, "controls": None, "force": False, **params, **more}
     case = _case.open_case(full, context)
@@ -188,7 +205,11 @@ def test_killed_at_every_step_then_run_again(
     """kill -9 around every entry and every write, then the same command: the state of an undisturbed run."""
     tried = 0
     for step in range(1, STEPS):
-        place = {**params, "case_store": f"file://{tmp_path}/{what}{step}", "register": str(tmp_path / f"{what}{step}.json")}
+        place = {
+            **params,
+            "case_store": f"file://{tmp_path}/{what}{step}",
+            "register": str(tmp_path / f"{what}{step}.json"),
+        }
         place["incident_id"] = opened(place)["incident_id"]
         pathlib.Path(place["register"]).write_text(json.dumps({"b": "old"}))
         if not _killed(place, what, step):
@@ -237,7 +258,9 @@ def _killed(params: dict[str, Any], what: str, step: int) -> bool:
     return os.waitstatus_to_exitcode(status) == 9
 
 
-def test_release_killed_at_every_write(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_release_killed_at_every_write(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     for step in range(1, STEPS):
         place = {**params, "case_store": f"file://{tmp_path}/{step}", "register": str(tmp_path / f"{step}.json")}
         place["incident_id"] = opened(place)["incident_id"]
@@ -306,7 +329,9 @@ def test_new_opens_another_and_round_two_begins(params: dict[str, Any]) -> None:
         ({"unattended": True}, None),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_touched(ready: dict[str, Any], options: dict[str, Any], told: str | None) -> None:
+def test_bad_input_is_refused_before_anything_is_touched(
+    ready: dict[str, Any], options: dict[str, Any], told: str | None
+) -> None:
     for check_mode in (True, False):
         if check_mode and ("case_store" in options or "incident_id" in options):
             continue
@@ -366,7 +391,7 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(
         raise StoreUnavailable("case_store: gone")
 
     with monkeypatch.context() as patch:
-        for name in ("list", "get", "create"):
+        for name in ("names", "get", "create"):
             patch.setattr(_store.FileStore, name, gone)
         result = go(ready)
         assert [entry["kind"] for entry in result["spooled"]] == ["intent", "done"]
@@ -388,7 +413,9 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(
 
 def event(params: dict[str, Any], kind: str, **more: Any) -> dict[str, Any]:
     options = {name: option.get("default") for name, option in incident_event.SPEC["argument_spec"].items()}
-    return _engine.execute(incident_event.CONTROL, {**params, **options, "kind": kind, **more}, Context(run_id="e", actor="tester"))
+    return _engine.execute(
+        incident_event.CONTROL, {**params, **options, "kind": kind, **more}, Context(run_id="e", actor="tester")
+    )
 
 
 def damage(params: dict[str, Any], how: str) -> None:
@@ -419,7 +446,15 @@ def damage(params: dict[str, Any], how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "where"),
-    [("flip", "r1/2"), ("drop", "r1/2"), ("swap", "r1/2"), ("cut", "r1/4"), ("forge", "r1/3"), ("foreign", "r1/2"), (None, "")],
+    [
+        ("flip", "r1/2"),
+        ("drop", "r1/2"),
+        ("swap", "r1/2"),
+        ("cut", "r1/4"),
+        ("forge", "r1/3"),
+        ("foreign", "r1/2"),
+        (None, ""),
+    ],
 )
 def test_verify_names_the_first_bad_entry(ready: dict[str, Any], how: str | None, where: str) -> None:
     go(ready)
@@ -453,7 +488,8 @@ def test_the_second_writer_waits_for_the_first(ready: dict[str, Any]) -> None:
     results: list[dict[str, Any]] = []
     control = dataclasses.replace(CONTROL, apply=slow)
     threads = [
-        threading.Thread(target=lambda n=n: results.append(_engine.execute(control, ready, Context(run_id=str(n))))) for n in range(3)
+        threading.Thread(target=lambda n=n: results.append(_engine.execute(control, ready, Context(run_id=str(n)))))
+        for n in range(3)
     ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
