@@ -100,7 +100,7 @@ changes:
   elements: dict
   sample: [{"action": "revoke", "target": "all sessions session:refresh:{user}:{id}", "reversible": false}]
 estimate:
-  description: Counts and names that traffic moves. They are shown, never compared. RV(estimate.sessions) is projected from a sample.
+  description: Counts and names that traffic moves. They are shown, never compared. The sessions are projected from a sample.
   returned: always
   type: dict
   sample: {"keys": 2000000, "sessions": 1000000, "sampled_sessions": 2500, "without_time": 0}
