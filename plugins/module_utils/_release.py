@@ -125,6 +125,7 @@ class Undo:
             if group[0]["bulk"] is not None:
                 undo[group[0]["bulk"]] = [one for one in undo[group[0]["bulk"]] if _element(one) in needed]
             task = self._task(control, undo)
+            self._exact(control.plan(task.params, facts).after, group, needed)
             if self.context.check_mode:
                 plan = _engine.decide(task, client)
                 result = _engine.result_of(task, plan, "planned")
@@ -132,6 +133,14 @@ class Undo:
                 result = _engine.Action(task, client, releases={"seq": self.intent.seq}).run()
             self.report.took(self.name, result)
         return not conflicts or bool(self.params["force"])
+
+    @staticmethod
+    def _exact(after: dict[str, Any], group: list[dict[str, Any]], needed: list[str]) -> None:
+        """An undo that would leave something else than what stood there is not begun."""
+        for change in group:
+            verdict = compare(after, change)
+            if {*verdict["needed"], *verdict["conflict"]} & set(needed):
+                raise FirebreakError("the recorded undo does not put it back; nothing was changed, release it by hand", effect="none")
 
     @property
     def _host(self) -> str:

@@ -39,6 +39,7 @@ options:
     description:
       - What stood there before the lock. M(firebreak.incident.control_release) fills it in from the journal.
       - Without it, O(state=disabled) gives C(LOGIN) to those of the roles that bear the mark of this incident.
+      - With it, O(state=enabled) locks a role again that was let in, under the mark that it had.
     type: dict
     suboptions:
       login:
@@ -150,8 +151,10 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
     after = {name: _wanted(params, role) for name, role in facts["roles"].items()}
     login, sessions, marks = [], [], []
     for name, role in facts["roles"].items():
-        undo = {"state": "disabled", "roles": [name], "previous": role}
         new = after[name]
+        # Only what let a role in is put back by a lock.
+        lets_in = new["login"] and not role["login"]
+        undo = {"state": "enabled" if lets_in else "disabled", "roles": [name], "previous": role}
         if new["login"] != role["login"]:
             action = "enable" if new["login"] else "disable"
             path = ("roles", name, "login")
@@ -188,9 +191,9 @@ def _check(params: dict[str, Any], roles: Facts, own: set[str | None]) -> None:
 
 
 def _wanted(params: dict[str, Any], role: Facts) -> Facts:
-    if params["state"] == "enabled":
-        return {"login": False, "mark": params["mark"]}
     previous = params["previous"]
+    if params["state"] == "enabled":
+        return {"login": False, "mark": previous["mark"] if previous else params["mark"]}
     if previous is None:
         return {"login": True, "mark": None} if role["mark"] else role
     # A role that may log in was let in by somebody else by now.

@@ -39,6 +39,7 @@ options:
     description:
       - What stood there before the fence. M(firebreak.incident.control_release) fills it in from the journal.
       - Without it, O(state=disabled) removes the setting and the mark of this incident.
+      - With it, O(state=enabled) raises a fence again that was lifted, under the mark that it had.
     type: dict
     suboptions:
       default_transaction_read_only:
@@ -147,7 +148,9 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
     if mark and mark.rpartition("/")[0] != params["incident_id"]:
         raise Refused(f"This server is fenced under {mark}. Release that incident's fence first.", guard="ownership")
     after = _wanted(params, before)
-    undo = {"state": "disabled", "previous": {SETTING: before[SETTING], "mark": mark}}
+    # Only what lifts a fence is put back by raising it.
+    lifts = before[SETTING] == "on" != after[SETTING]
+    undo = {"state": "enabled" if lifts else "disabled", "previous": {SETTING: before[SETTING], "mark": mark}}
     changes = []
     if (after[SETTING], after["loaded"]) != (before[SETTING], before["loaded"]):
         action, data = (
@@ -166,7 +169,8 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
 
 def _wanted(params: dict[str, Any], before: Facts) -> Facts:
     if params["state"] == "enabled":
-        return {SETTING: "on", "loaded": True, "mark": params["mark"]}
+        mark = params["previous"]["mark"] if params["previous"] else params["mark"]
+        return {SETTING: "on", "loaded": True, "mark": mark}
     if not params["previous"] and not before["mark"]:
         return before
     previous = params["previous"] or {SETTING: None, "mark": None}
