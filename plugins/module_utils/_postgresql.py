@@ -243,7 +243,7 @@ class Client:
         its own, a session cannot see it."""
         found = self.rows(
             "read the server's configuration",
-            """SELECT source NOT IN ('default', 'configuration file') OR setting::bool = coalesce(
+            """SELECT source IN ('database', 'user', 'database user') OR setting::bool = coalesce(
                  (SELECT setting::bool FROM pg_file_settings WHERE name = s.name ORDER BY seqno DESC LIMIT 1),
                  boot_val::bool) AS loaded FROM pg_settings s WHERE name = %s""",
             [parameter],

@@ -196,6 +196,21 @@ def test_a_fence_that_was_cut_off_can_be_released_at_once(
 
 
 @pytest.mark.usefixtures("people")
+def test_a_fence_that_stands_in_the_file_alone_is_not_called_ok(lab: Lab, params: dict[str, Any]) -> None:
+    go(FENCE, params)
+    with session(lab) as database:
+        database.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        database.execute("SELECT pg_reload_conf()")
+        lab.until(lambda: observe(lab)["read_only"] == ["off"], "the server does not reload")
+        database.execute("ALTER SYSTEM SET default_transaction_read_only = 'on'")
+    writer = people_session(lab)
+    assert write(writer) == ""
+    assert go(FENCE, params)["outcome"] == "verified"
+    assert write(writer) in ("57P01", "lost")
+    assert write(people_session(lab)) == "25006"
+
+
+@pytest.mark.usefixtures("people")
 def test_another_incidents_fence_is_named_and_left_alone(lab: Lab, params: dict[str, Any]) -> None:
     go(FENCE, params)
     fenced = observe(lab)
