@@ -154,6 +154,7 @@ class Stream:
         self.name = name
         self.folder = f"{case.id}/journal/{name}"
         self.head: Entry | None = None
+        self.claimed_at = 0.0
         self.spooled: list[dict[str, Any]] = []
 
     def load(self) -> None:
@@ -170,6 +171,11 @@ class Stream:
     @property
     def live(self) -> list[dict[str, Any]]:
         return list(self.head.doc["live"]) if self.head else []
+
+    def claim(self, seconds: float) -> float:
+        """Until when nobody else begins, in the store's time. Our own deadline counts from the same moment."""
+        self.claimed_at = self.case.context.clock()
+        return round(self.case.store.now() + seconds, 3)
 
     def busy(self) -> bool:
         """Whether the newest entry says that a writer may still be at work (S3; a file store holds a lock instead)."""
@@ -197,7 +203,7 @@ class Stream:
             merge_spool(self)
             if self.head is not None and self.head.kind in ("intent", "resumed"):
                 with contextlib.suppress(Moved):
-                    self.append("resumed", {"of": self.head.seq, "until": self.case.until(patience)})
+                    self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
             yield self
 
     def reload(self, patience: float, locked: bool = False) -> None:
@@ -229,9 +235,6 @@ class Case:
         if host == RUN:
             return Stream(self, RUN)
         return Stream(self, encode_host(host) + (".evidence" if evidence else ""))
-
-    def until(self, seconds: float) -> float:
-        return round(self.store.now() + seconds, 3)
 
     def document(self, stream: str, seq: int, kind: str, body: dict[str, Any], before: Entry | None) -> dict[str, Any]:
         if kind not in KINDS:

@@ -262,7 +262,7 @@ class Journal:
         self.lost = False
         self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
         try:
-            stack.enter_context(self.stream.writer(task.control.deadline))
+            stack.enter_context(self.stream.writer(task.control.deadline + task.control.settle))
             if not releasing:
                 task.case.check_open(self.stream)
         except StoreUnavailable:
@@ -354,6 +354,8 @@ class Action:
         changes = [recorded(plan, change) for change in plan.changes]
         left = None if journal.lost else journal.unconfirmed()
         if left is not None and canonical(left.body["changes"]) == canonical(changes):
+            if not journal.stream.claimed_at:
+                journal.stream.claim(task.control.deadline)
             return left.seq
         for override in overridden:
             journal.write("override", {"control": task.control.name, **override})
@@ -370,9 +372,7 @@ class Action:
             "expires": task.params.get("expires"),
             "on_expiry": task.params.get("on_expiry"),
             "at": now,
-            "until": now + task.control.deadline
-            if journal.lost or task.case is None
-            else task.case.until(task.control.deadline),
+            "until": journal.stream.claim(task.control.deadline),
         }
         if left is not None:
             body["continues"] = left.seq
@@ -382,7 +382,7 @@ class Action:
 
     def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
         task, control = self.task, self.task.control
-        deadline = task.context.clock() + control.deadline
+        deadline = journal.stream.claimed_at + control.deadline
         task.context.deadline = deadline
         self.outcomes = [{**change.summary(), "outcome": "not begun"} for change in plan.changes]
         try:
