@@ -444,7 +444,7 @@ def test_what_a_project_has() -> None:
 def test_execution_environment() -> None:
     definition = yaml.safe_load((ROOT / "meta/execution-environment.yml").read_text())
     assert definition["version"] == 1
-    assert [name for name in definition["dependencies"].values() if not (ROOT / "meta" / name).exists()] == []
+    assert [name for name in definition["dependencies"].values() if not (ROOT / name).exists()] == []
 
 
 def test_no_ignore_files() -> None:
