@@ -75,6 +75,13 @@ def own_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def told_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """The same for the journal, which names no data subject."""
+    private = getattr(control, "private", ())
+    options = own_options(control, params)
+    return {name: f"{len(value)} in number" if name in private else value for name, value in options.items()}
+
+
 def identity(control: Any, params: dict[str, Any]) -> str:
     """The same task of the same control, whichever run it is in."""
     return hashlib.sha256(canonical([control.name, own_options(control, params)])).hexdigest()[:16]
@@ -187,13 +194,14 @@ def guard(task: Task, plan: Plan, journal: Journal | None) -> list[dict[str, str
     params = task.params
     _guards.protected(plan, params.get("protected"))
     overridden = _guards.breadth(plan, task.glass)
-    _guards.unattended(plan, bool(params.get("unattended")))
+    keeps = getattr(task.control, "evidence", False)
+    _guards.unattended(plan, bool(params.get("unattended")) and not keeps)
     if plan.destroys:
         overridden += _evidence_first(task, plan)
     if journal is not None and task.case is not None and not journal.lost:
         if params.get("unattended"):
             _unattended_rate(task.case)
-        if params.get("two_person") and (overridden or _guards.irreversible(plan)):
+        if params.get("two_person") and not keeps and (overridden or _guards.irreversible(plan)):
             _approved(task)
     return overridden
 
@@ -364,7 +372,7 @@ class Action:
             "control": task.control.name,
             "what": identity(task.control, task.params),
             "mark": task.params["mark"],
-            "options": own_options(task.control, task.params),
+            "options": told_options(task.control, task.params),
             "changes": changes,
             "estimate": plan.estimate,
             "reversible": any(change.undo is not None for change in plan.changes),

@@ -248,6 +248,7 @@ CONTROL = Control(
     apply=apply,
     deadline=DEADLINE,
     evidence=True,
+    private=("user_ids",),
 )
 
 

@@ -280,6 +280,7 @@ CONTROL = Control(
     apply=apply,
     prove=prove,
     deadline=120,
+    private=("users",),
 )
 
 

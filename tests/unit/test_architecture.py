@@ -472,3 +472,13 @@ def test_no_machine_is_named() -> None:
                 f"{name}:{number}: {line.strip()[:100]}" for number, line in enumerate(lines, 1) if pattern.search(line)
             ]
     assert faults == []
+
+
+@pytest.mark.parametrize("name", ["cloudflare", "postgresql", "redis", "vault"])
+def test_playbooks_hand_over_every_option_of_a_service(name: str) -> None:
+    """A connection option that a playbook does not feed from its firebreak_ variable could never be set in an incident."""
+    service = importlib.import_module(f"ansible_collections.firebreak.incident.plugins.module_utils._{name}")
+    for playbook in (path for path in PLAYBOOKS if f"group/firebreak.incident.{name}" in path.read_text()):
+        plays = yaml.safe_load(playbook.read_text())
+        given = plays[0]["module_defaults"][f"group/firebreak.incident.{name}"]
+        assert set(given) == set(service.SPEC), playbook
