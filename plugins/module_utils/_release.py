@@ -30,7 +30,7 @@ def release(case: Case | None, params: dict[str, Any], context: Context) -> dict
     seals = state_of(case)["seals"]
     stream = case.stream(str(params["host"]))
     stream.load()
-    report = Report()
+    report = Report(str(params["host"]), context.check_mode)
     for item in reversed(stream.live):
         wanted = not params["controls"] or item["control"] in params["controls"]
         if "releases" in item or not wanted:
@@ -45,6 +45,8 @@ def release(case: Case | None, params: dict[str, Any], context: Context) -> dict
 class Report:
     """What a release did and could not do."""
 
+    host: str
+    planned: bool
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     conflicts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -66,6 +68,9 @@ class Report:
             "irreversible": self.irreversible,
             "diff": {"before": self.before, "after": self.after},
         }
+        if self.changes:
+            targets = ", ".join(f"{change['action']} {change['target']}" for change in self.changes)
+            shown["screen"] = [f"{self.host}: {'would be put back' if self.planned else 'put back'}: {targets}"]
         if self.conflicts or self.failures:
             told = [f"{one['control']}: {one['target']}: {one['why']}" for one in [*self.conflicts, *self.failures]]
             raise FirebreakError(f"not everything was released: {'; '.join(told)}", **shown)

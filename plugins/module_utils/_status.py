@@ -96,7 +96,8 @@ def seconds_of(entry: Entry) -> float:
 
 
 def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
-    """Fold one stream: what was done, and the last word on everything that was not."""
+    """Fold one stream: what was done and still stands, and the last word on everything that was not."""
+    released = {seq for entry in entries if entry.kind == "released" for seq in entry.body["released"]}
     intents = {entry.seq: entry.body for entry in entries if entry.kind == "intent"}
     last: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -127,7 +128,7 @@ def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
                     "why": body.get("why", ""),
                 }
             if "releases" not in intent and (entry.kind == "done" or body.get("outcomes")):
-                _count(result, host, intent, body)
+                _count(result, host, intent, body, body["of"] in released)
         elif entry.kind == "failed":
             last[f"role {body.get('role')}"] = {
                 "host": host,
@@ -161,10 +162,10 @@ def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
     result["open"] += list(last.values())
 
 
-def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict[str, Any]) -> None:
+def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict[str, Any], released: bool) -> None:
     outcomes = body.get("outcomes") or [{"outcome": "applied"} for _change in intent["changes"]]
     for change, outcome in zip(intent["changes"], outcomes, strict=True):
-        if outcome["outcome"] not in ("applied", "proved"):
+        if outcome["outcome"] not in ("applied", "proved") or (released and change["undo"] is not None):
             continue
         line = {"host": host, "control": intent["control"], "action": change["action"], "target": change["target"]}
         result["done"].append(line)
