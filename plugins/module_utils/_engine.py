@@ -101,6 +101,11 @@ class Task:
     def host(self) -> str:
         return str(self.params.get("host") or "localhost")
 
+    @property
+    def seconds(self) -> float:
+        """How long the changes of this task may take: a sweep over millions says so itself."""
+        return max(float(self.control.deadline), float(self.params.get("deadline") or 0))
+
 
 def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     """Guards that need no plan, and the surroundings of the task."""
@@ -270,7 +275,7 @@ class Journal:
         self.lost = False
         self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
         try:
-            stack.enter_context(self.stream.writer(task.control.deadline + task.control.settle))
+            stack.enter_context(self.stream.writer(task.seconds + task.control.settle))
             if not releasing:
                 task.case.check_open(self.stream)
         except StoreUnavailable:
@@ -323,7 +328,7 @@ class Action:
                     break
                 except Moved:
                     # Another machine was faster. What it did is read, and planned, again.
-                    journal.stream.reload(task.control.deadline)
+                    journal.stream.reload(task.seconds)
                 except Refused as refusal:
                     if not journal.lost:
                         with contextlib.suppress(Moved, StoreUnavailable):
@@ -363,7 +368,7 @@ class Action:
         left = None if journal.lost else journal.unconfirmed()
         if left is not None and canonical(left.body["changes"]) == canonical(changes):
             if not journal.stream.claimed_at:
-                journal.stream.claim(task.control.deadline)
+                journal.stream.claim(task.seconds)
             return left.seq
         for override in overridden:
             journal.write("override", {"control": task.control.name, **override})
@@ -380,7 +385,7 @@ class Action:
             "expires": task.params.get("expires"),
             "on_expiry": task.params.get("on_expiry"),
             "at": now,
-            "until": journal.stream.claim(task.control.deadline),
+            "until": journal.stream.claim(task.seconds),
         }
         if left is not None:
             body["continues"] = left.seq
@@ -390,13 +395,13 @@ class Action:
 
     def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
         task, control = self.task, self.task.control
-        deadline = journal.stream.claimed_at + control.deadline
+        deadline = journal.stream.claimed_at + task.seconds
         task.context.deadline = deadline
         self.outcomes = [{**change.summary(), "outcome": "not begun"} for change in plan.changes]
         try:
             for number, change in enumerate(plan.changes):
                 if task.context.clock() >= deadline:
-                    raise FirebreakError(f"the deadline of {control.deadline:.0f} s is over", effect="none")
+                    raise FirebreakError(f"the deadline of {task.seconds:.0f} s is over", effect="none")
                 self._one(number, change)
             outcome = self._verify(plan)
         except Exception as failure:
