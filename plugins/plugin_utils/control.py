@@ -77,8 +77,9 @@ class ControlAction(ActionBase):
         task_vars = task_vars or {}
         result = super().run(tmp, task_vars)
         if self._task.async_val:
+            options = {**self._task.args, "host": self._task.args.get("host") or task_vars.get("inventory_hostname")}
             task_vars = {**task_vars, "ansible_python_interpreter": sys.executable}
-            result.update(self._execute_module(task_vars=task_vars, wrap_async=True))
+            result.update(self._execute_module(module_args=options, task_vars=task_vars, wrap_async=True))
             return result
         _die_with_parent()
         result.update(self._in_worker(task_vars))
