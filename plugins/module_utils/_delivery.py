@@ -23,6 +23,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WHY = {
     65: "a value in it goes over several lines",
     66: "it does not exist or is no file",
+    73: "no file can be made beside it",
     74: "the values did not arrive whole",
     75: "somebody else changed it at the same time",
     77: "it cannot be read",
@@ -77,9 +78,16 @@ _COMPARE = """s=$(state); echo "$s"; edit compare
 """
 
 # Beside it, so that the rename is atomic: never the old file with half a content, never a wider mode than the old one's.
-_REPLACE = """t="$f.firebreak"; o=$(stat -c '%u:%g' -- "$f")
-rm -f -- "$t"; trap 'rm -f -- "$t"' EXIT; trap 'exit 74' HUP INT TERM
-set -C; edit write > "$t"
+# Its name is new, so that two runs never write to one file, and begins with our process: what a dead one left is swept.
+_REPLACE = """o=$(stat -c '%u:%g' -- "$f")
+for t in "$f".firebreak.*.??????; do
+    p=${t#"$f".firebreak.}; p=${p%.??????}
+    case $p in *[!0-9]*) continue;; esac
+    if [ "$p" = $$ ] || [ ! -e "/proc/$p" ]; then rm -f -- "$t"; fi
+done
+t=$(mktemp "$f.firebreak.$$.XXXXXX") || exit 73
+trap 'rm -f -- "$t"' EXIT; trap 'exit 74' HUP INT TERM
+edit write > "$t"
 [ "$(stat -c '%u:%g' -- "$t")" = "$o" ] || chown -- "$o" "$t"
 chmod -- "$(stat -c '%a' -- "$f")" "$t"
 sync -- "$t" 2>/dev/null || sync

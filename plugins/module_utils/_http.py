@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._control import Context
-from ._errors import FirebreakError
+from ._errors import FirebreakError, Refused
 
 LONGEST_BODY = 1 << 20
 
@@ -36,6 +36,17 @@ class Answer:
     headers: Mapping[str, str] = dataclasses.field(repr=False)
     body: bytes = dataclasses.field(repr=False)
     seconds: float
+
+
+def check_url(option: str, url: str) -> urllib.parse.SplitResult:
+    """Its parts; where it is none, an error that names the option."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:
+        pass
+    raise Refused(f"{option} must be a URL that begins with http:// or https:// and names a host")
 
 
 def origin(url: str) -> str:
@@ -66,9 +77,7 @@ def request(
     source: str | None = None,
 ) -> Answer:
     """The answer as it came, whatever its status; a redirect is one too. ``source`` is the address to speak from."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise FirebreakError("a URL must begin with http:// or https:// and name a host", effect="none")
+    parts = check_url("an address", url)
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     started = time.monotonic()
     connected = False

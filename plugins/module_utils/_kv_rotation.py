@@ -5,13 +5,22 @@
 """The steps of a rotation in a KV version 2 engine. Each can be repeated after a crash at any point.
 
 The pending entry is claim, lock and value in one: ``{mark, base, values}``, created where nothing was. ``base`` is the
-version that is replaced. At the end the record ``{mark, base, fields, done}`` is written over it, and the versions with
-values are destroyed. Where a rotation stands follows from this entry and the secret; there is no other record.
+version that is replaced. At the end the record ``{mark, base, fields, done, salt, digest}`` is written over it, and the
+versions with values are destroyed. Where a rotation stands follows from this entry and the secret; there is no other
+record.
+
+After the end a stolen value can come back: a reconciler or `kv rollback` writes it as a new version. So the record tells
+our values from all others by a digest of the new ones, never of the old: a generated value has 256 bits and cannot be
+guessed from it. A provider's may be shorter, hence a salt for each record, scrypt, and one digest for all fields together.
+Whatever else stands in these fields later is a conflict, be it stolen, a provider's or the next rotation's: this one does
+not know, and says who wrote it.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import secrets
 from typing import Any
 
@@ -36,10 +45,11 @@ def read(client: Client, params: dict[str, Any]) -> Facts:
     client.held.update(values=entry.get("values"), entry_version=pending["version"])
 
     base = entry.get("base", secret["version"])
-    old = [version for version in undestroyed(client.read_metadata(mount, path)) if version <= base]
+    metadata = client.read_metadata(mount, path)
+    old = [version for version in undestroyed(metadata) if version <= base]
     done = bool(entry.get("done"))
     copies = _copies(client, params, pending["version"]) if done else [pending["version"]] if entry else []
-    conflict = _conflict(client, params, secret["version"], current, pending)
+    conflict = _conflict(client, params, secret, current, pending)
     facts = {
         "state": _state(entry, secret["version"], bool(copies or old)),
         "fields": sorted(current),
@@ -53,8 +63,18 @@ def read(client: Client, params: dict[str, Any]) -> Facts:
     }
     if not conflict and STATES.index(facts["state"]) < STATES.index(params["state"]):
         client.require_capabilities(_capabilities(params))
+        if metadata and secret["version"] == base:
+            _require_two_versions(client, params, metadata)
         _refuse_known_values(params, *known)
     return facts
+
+
+def _require_two_versions(client: Client, params: dict[str, Any], metadata: dict[str, Any]) -> None:
+    if client.versions_kept(params["engine_mount_point"], metadata) < 2:
+        raise Refused(
+            f"max_versions of {name_of(params)} is 1, by its metadata or by the mount's configuration: Vault would forget "
+            "the old value when the new one is written, and nobody could prove that it is refused; set it to 2 or more"
+        )
 
 
 def stage(client: Client, params: dict[str, Any], base: int) -> None:
@@ -76,7 +96,9 @@ def prove(client: Client, params: dict[str, Any], base: int) -> None:
     for proof in params["proof"]:
         before, after = client.secret(str(old[proof["field"]])), client.held["values"][proof["field"]]
         prove_rotation(proof, before, after, client.clock())
-    _write_entry(client, params, {"mark": params["mark"], "base": base, "fields": fields_of(params), "done": True})
+    record = {"mark": params["mark"], "base": base, "fields": fields_of(params), "done": True}
+    salt = secrets.token_hex(16)
+    _write_entry(client, params, {**record, "salt": salt, "digest": _digest(client.held["values"], salt)})
 
 
 def forget(client: Client, params: dict[str, Any], _base: int) -> None:
@@ -110,16 +132,33 @@ def _state(entry: dict[str, Any], version: int, left: bool) -> str:
 
 
 def _conflict(
-    client: Client, params: dict[str, Any], version: int, current: dict[str, Any], pending: dict[str, Any]
+    client: Client, params: dict[str, Any], secret: dict[str, Any], current: dict[str, Any], pending: dict[str, Any]
 ) -> str | None:
     """Who else was here: the secret holds neither the version that we replace nor our values."""
-    entry = pending["data"]
+    entry, version = pending["data"], secret["version"]
     if entry is None:
         return f"its pending values were deleted at {_pending_path(params)}"
-    if not entry or entry.get("done") or version == entry["base"] or contains(current, entry["values"]):
+    if not entry:
+        return None
+    if entry.get("done"):
+        when = "after the end of this rotation, with other values"
+        ours = secret["data"] is None or version == entry["base"] + 1 or _is_record_of(entry, current)
+    else:
+        when = "in between"
+        ours = version == entry["base"] or contains(current, entry["values"])
+    if ours:
         return None
     writer = client.writer(params["engine_mount_point"], params["path"], version)
-    return f"version {version} was written by {writer} in between"
+    return f"version {version} was written by {writer} {when}"
+
+
+def _is_record_of(entry: dict[str, Any], values: dict[str, Any]) -> bool:
+    return same(entry.get("digest", ""), _digest(values, entry.get("salt", "")))
+
+
+def _digest(values: dict[str, Any], salt: str) -> str:
+    """Costs 16 MiB and some 50 ms, for us at most once a run."""
+    return hashlib.scrypt(json.dumps(values, sort_keys=True).encode(), salt=salt.encode(), n=1 << 14, r=8, p=1).hex()
 
 
 def _refuse_known_values(
@@ -135,6 +174,7 @@ def _refuse_known_values(
 def _capabilities(params: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     mount, path, pending = params["engine_mount_point"], params["path"], _pending_path(params)
     wanted: dict[str, tuple[str, ...]] = {
+        f"{mount}/config": ("read",),
         f"{mount}/data/{path}": ("patch", "read"),
         f"{mount}/data/{pending}": ("create", "read", "update"),
         f"{mount}/metadata/{path}": ("read",),

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
+import ssl
 import urllib.parse
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ._control import Context
 from ._deps import require
 from ._errors import FirebreakError, Refused
+from ._http import check_url
 from ._redact import Held
 
 REQUIRED = ("vault_url",)
@@ -31,9 +35,12 @@ SPEC: dict[str, Any] = {
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
+SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 ATTEMPTS = 3
 LONGEST_PAUSE = 5.0
+DEFAULT_VERSIONS = 10  # where neither secret nor mount says how many are kept
 
+NO_VAULT = "what answered {} does not speak as Vault does: see vault_url"
 _HINTS = {
     400: "it does not accept the request",
     403: "the token is not valid any more, or its policies do not allow this",
@@ -54,6 +61,15 @@ class VaultError(FirebreakError):
         self.status = status
 
 
+class NoAnswer(VaultError):
+    """None came. ``hung`` says that it was waited for."""
+
+    def __init__(self, action: str, exc: Exception) -> None:
+        super().__init__(f"{action}: vault_url gave no answer ({type(exc).__name__})", 0, _effect_of(exc))
+        names = {type(each).__name__ for each in (exc, *exc.args)}  # one failure, another type in head and body
+        self.hung = bool(names & {"ReadTimeout", "ReadTimeoutError"})
+
+
 class Mismatch(VaultError):
     """The version that a write was based on is not the current one."""
 
@@ -67,22 +83,38 @@ def preload() -> None:
 
 def addresses(params: dict[str, Any]) -> list[str]:
     """Vault itself, and where a proof is asked for."""
-    proofs = [proof["url"] for proof in params.get("proof") or []]
-    return [url for url in (params.get("vault_url"), params.get("proof_url"), *proofs) if url]
+    proofs = [("proof: url", proof["url"]) for proof in params.get("proof") or []]
+    urls = [("vault_url", params.get("vault_url")), ("proof_url", params.get("proof_url")), *proofs]
+    return [check_url(option, url).geturl() for option, url in urls if url]
 
 
 def connect(params: dict[str, Any], context: Context) -> Client:
     preload()
-    url = params["vault_url"]
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise Refused("vault_url must begin with http:// or https://")
-    token = params.get("vault_token") or context.env.get("VAULT_TOKEN")
+    check_url("vault_url", params["vault_url"])
+    token = context.secret(params.get("vault_token") or context.env.get("VAULT_TOKEN"))
     if not token:
         raise Refused("vault_token is missing: set it, or VAULT_TOKEN in the environment of the task")
-    client = Client(params, context.secret(token), context)
+    for option, value in (("vault_token", token), ("vault_namespace", params.get("vault_namespace"))):
+        if value and not re.fullmatch(r"[!-~]+", value):
+            raise Refused(
+                f"{option} holds characters that no header carries: a space, the end of a line, or beyond ASCII"
+            )
+    _check_certificates(params.get("vault_ca_cert"))
+    client = Client(params, token, context)
     if params.get("vault_namespace"):
         client.require_namespaces()
     return client
+
+
+def _check_certificates(place: str | None) -> None:
+    """A file, or a folder of them as OpenSSL has it."""
+    try:
+        if place and Path(place).is_dir():
+            ssl.create_default_context(capath=place)
+        elif place:
+            ssl.create_default_context(cafile=place)
+    except (OSError, ValueError) as exc:
+        raise Refused(f"vault_ca_cert cannot be used as a file of certificates ({type(exc).__name__})") from None
 
 
 def same(left: Any, right: Any) -> bool:
@@ -108,7 +140,7 @@ class Client:
         self.host = context.host
         self.clock = context.clock
         self.sleep = context.sleep
-        self._correlation = context.correlation
+        self._context = context
         self._session = _requests.Session()  # type: ignore[union-attr]
         self._session.trust_env = False  # no proxy, netrc or CA from the environment
         self._session.verify = params.get("vault_ca_cert") or True
@@ -116,7 +148,6 @@ class Client:
             base_uri=params["vault_url"],
             token=token,
             namespace=params.get("vault_namespace"),
-            timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
             allow_redirects=False,
             session=self._session,
         )
@@ -126,33 +157,47 @@ class Client:
 
     # Requests
 
+    def _left(self) -> float:
+        """Seconds to the deadline of the changes. Before there is one, each request has its own."""
+        return self._context.deadline - self.clock() if self._context.deadline else 2 * ANSWER_SECONDS
+
     def _send(self, method: str, where: str, action: str, **kwargs: Any) -> Any:
         headers = {**kwargs.pop("headers", {})}
-        if self._correlation:
-            headers["X-Correlation-Id"] = self._correlation
+        if self._context.correlation:
+            headers["X-Correlation-Id"] = self._context.correlation
+        wait = max(self._left(), SHORTEST_SECONDS)
+        kwargs["timeout"] = (min(CONNECT_SECONDS, wait), min(ANSWER_SECONDS, wait))
         try:
             return self._adapter.request(
                 method, f"/v1/{urllib.parse.quote(where)}", headers=headers, raise_exception=False, **kwargs
             )
         except _requests.exceptions.RequestException as exc:  # type: ignore[union-attr]
-            raise VaultError(f"{action}: vault_url gave no answer ({type(exc).__name__})", 0, _effect_of(exc)) from None
+            raise NoAnswer(action, exc) from None
 
     def _call(self, method: str, where: str, action: str, again: bool, **kwargs: Any) -> tuple[int, dict[str, Any]]:
-        """One request. ``again`` allows to repeat it after any passing failure; a rate limit came before any effect."""
-        for attempt in range(1, ATTEMPTS + 1):
-            last = attempt == ATTEMPTS
-            try:
-                answer = self._send(method, where, action, **kwargs)
-            except VaultError:
-                if last or not again:
-                    raise
-                self.sleep(0.1 * attempt)
-                continue
-            passing = answer.status_code == 429 or (again and answer.status_code in (500, 502, 503, 504))
-            if last or not passing:
-                break
-            self.sleep(_pause(answer.headers.get("Retry-After"), attempt))
-        return answer.status_code, _checked(answer, action)
+        """One request. ``again`` says that it has no effect, so that it can be repeated after any passing failure.
+
+        A rate limit came before any effect. A server that hangs once hangs again: it is not waited for twice.
+        """
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                pause = None
+                try:
+                    answer = self._send(method, where, action, **kwargs)
+                    if answer.status_code == 429 or (again and answer.status_code in (500, 502, 503, 504)):
+                        pause = _pause(answer.headers.get("Retry-After"), attempt)
+                except NoAnswer as error:
+                    pause = 0.1 * attempt
+                    if not again or error.hung or attempt == ATTEMPTS or pause >= self._left():
+                        raise
+                if pause is None or attempt == ATTEMPTS or pause >= self._left():
+                    break
+                self.sleep(pause)
+            return answer.status_code, _checked(answer, action)
+        except VaultError as error:
+            if again:
+                error.effect = "none"
+            raise
 
     def _read(self, where: str, action: str, **kwargs: Any) -> tuple[int, dict[str, Any]]:
         return self._call("get", where, action, True, **kwargs)
@@ -188,16 +233,21 @@ class Client:
         """``version`` and ``data``; data is None for a deleted or destroyed version."""
         query = {"version": str(version)} if version else None
         status, body = self._read(f"{mount}/data/{path}", f"read {mount}/{path}", params=query)
-        data = body.get("data")
-        if not data:
-            if status == 404:
-                return None
-            raise VaultError(f"read {mount}/{path}: Vault answered {status} without data", status, "none")
+        if status == 404 and not body.get("data"):
+            return None
+        data = _data(status, body, "metadata", f"read {mount}/{path}")
         return {"version": data["metadata"]["version"], "data": data["data"]}
 
     def read_metadata(self, mount: str, path: str) -> dict[str, Any] | None:
-        status, body = self._read(f"{mount}/metadata/{path}", f"read the metadata of {mount}/{path}")
-        return None if status == 404 else body["data"]
+        action = f"read the metadata of {mount}/{path}"
+        status, body = self._read(f"{mount}/metadata/{path}", action)
+        return None if status == 404 and not body.get("data") else _data(status, body, "versions", action)
+
+    def versions_kept(self, mount: str, metadata: dict[str, Any]) -> int:
+        """How many versions the server keeps of a secret."""
+        action = f"read the configuration of {mount}"
+        config = _data(*self._read(f"{mount}/config", action), "max_versions", action)
+        return max(metadata.get("max_versions") or 0, config["max_versions"]) or DEFAULT_VERSIONS
 
     def write_secret(self, mount: str, path: str, data: dict[str, Any], cas: int) -> int:
         return self._write("post", mount, path, data, cas)
@@ -246,14 +296,16 @@ class Client:
         return (entry.get("created_by") or {}).get("actor") or "somebody else"
 
     def destroy_versions(self, mount: str, path: str, versions: list[int]) -> None:
+        if not versions:  # the server refuses to do nothing
+            return
         where, action = f"{mount}/destroy/{path}", f"destroy old versions of {mount}/{path}"
         try:
             self._call("put", where, action, False, json={"versions": versions})
         except VaultError as error:
-            if error.effect == "none" or self._left(mount, path, versions):
+            if error.effect == "none" or self._remain(mount, path, versions):
                 raise
 
-    def _left(self, mount: str, path: str, versions: list[int]) -> bool:
+    def _remain(self, mount: str, path: str, versions: list[int]) -> bool:
         try:
             return bool(set(versions) & set(undestroyed(self.read_metadata(mount, path))))
         except VaultError:
@@ -289,18 +341,32 @@ def _json(answer: Any) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
+def _data(status: int, body: dict[str, Any], key: str, action: str) -> dict[str, Any]:
+    """What Vault wraps an answer in; another server that answers with success has no such thing."""
+    data = body.get("data")
+    if not isinstance(data, dict) or key not in data:
+        raise VaultError(f"{action}: {NO_VAULT.format(status)}", status, "none")
+    return data
+
+
 def _checked(answer: Any, action: str) -> dict[str, Any]:
     """The body of a success or of a not-found; else our error, in our words: Vault's text can hold a value."""
     status = answer.status_code
     body = _json(answer)
-    if status == 404 and any("no handler for route" in str(each) for each in body.get("errors") or []):
+    errors = [str(each) for each in body.get("errors") or []]
+    if status == 404 and any("no handler for route" in each for each in errors):
         raise VaultError(f"{action}: no secrets engine is mounted there (404): see engine_mount_point", 404, "none")
+    says = isinstance(body.get("data"), dict) or "errors" in body
+    nothing = answer.request.method == "PATCH" and not answer.content  # as Vault answers a PATCH of what is not there
+    if status == 404 and not says and not nothing:
+        raise VaultError(f"{action}: {NO_VAULT.format(status)}", status, "none")
     if 200 <= status < 300 or status == 404:
         return body
-    if 300 <= status < 400:
-        raise VaultError(f"{action}: Vault redirects ({status}); vault_url must name the active node", status, "none")
-    if status == 400 and any("check-and-set" in str(each) for each in body.get("errors") or []):
+    if 300 <= status < 400:  # by whatever stands between, perhaps after it was carried out
+        hint = "vault_url must lead to the active node, as a rule without a path of its own"
+        raise VaultError(f"{action}: Vault redirects ({status}): {hint}", status, "unknown")
+    if status == 400 and any("check-and-set" in each for each in errors):
         raise Mismatch(f"{action}: it was changed in between (400)", status, "none")
-    sealed = status == 503 and any("sealed" in str(each) for each in body.get("errors") or [])
+    sealed = status == 503 and any("sealed" in each for each in errors)
     effect = "none" if status < 500 or sealed else "unknown"
     raise VaultError(f"{action}: Vault answered {status}: {_HINTS.get(status, 'it failed')}", status, effect)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 
-FAULTS = ("refused", "lost", "failed after", "killed before", "killed after")
+FAULTS = ("refused", "lost", "failed after", "redirected after", "killed before", "killed after")
 
 
 class _Quiet(http.server.BaseHTTPRequestHandler):
@@ -77,6 +77,8 @@ class _Forward(_Quiet):
             proxy.kill()
         elif fault == "failed after":
             self.reply(500, b'{"errors":["1 error occurred"]}')
+        elif fault == "redirected after":
+            self.reply(307, Location=f"{proxy.url}/elsewhere")
         elif fault is None:
             self.reply(status, content, headers.get("Content-Type", "application/json"))
 

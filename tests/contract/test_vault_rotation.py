@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import secrets
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,11 @@ class Scene:
         """What a delivery does, without our code."""
         self.consumer.values = {name: self.current()[name] for name in FIELDS}
 
+    def retire(self, **changed: Any) -> None:
+        self.rotate("current", **changed)
+        self.deliver()
+        self.rotate("retired", **changed)
+
     def current(self) -> dict[str, Any]:
         data: dict[str, Any] = self.vault.ask("GET", f"/v1/secret/data/{self.path}").body["data"]["data"]
         return data
@@ -135,6 +143,7 @@ class Scene:
         entries = self.versions(self.pending())
         assert list(entries.values()) == [True] * (len(entries) - 1) + [False]
         record = self.vault.ask("GET", f"/v1/secret/data/{self.pending()}").body["data"]["data"]
+        assert len(record.pop("salt")) >= 32 and len(record.pop("digest")) >= 64
         assert record == {"mark": f"{self.incident}/1", "base": 3, "fields": FIELDS, "done": True}
         assert self.consumer.values == {name: now[name] for name in FIELDS}
 
@@ -270,6 +279,58 @@ def test_of_two_runs_one_makes_the_value(scene: Scene) -> None:
     assert len(scene.versions()) == 4
 
 
+@pytest.mark.parametrize("how", ["old", "another", "removed", "begun anew"])
+def test_a_value_that_somebody_writes_after_the_end_is_a_conflict(scene: Scene, how: str) -> None:
+    """A reconciler, or `kv rollback`, which knows the stolen value still."""
+    scene.retire()
+    values = scene.current() | {"JWT_SECRET": "x" * 43 if how == "another" else scene.old["JWT_SECRET"]}
+    if how == "removed":
+        del values["JWT_SECRET"]
+    if how == "begun anew":
+        assert scene.vault.ask("DELETE", f"/v1/secret/metadata/{scene.path}").status == 204
+    scene.write(values)
+    version = 1 if how == "begun anew" else 5
+    for state in ("staged", "current", "retired"):
+        wanted = f"version {version} was written by (root|token) after the end of this rotation"
+        with pytest.raises(Refused, match=wanted) as caught:
+            scene.rotate(state)
+        assert caught.value.guard == "conflict"
+    if how != "removed":
+        scene.retire(round=2)
+        assert not scene.rotate("retired", round=2).changes
+
+
+def test_what_is_no_conflict_after_the_end(scene: Scene) -> None:
+    scene.retire()
+    for _version in range(2):
+        scene.write({**scene.current(), "BOT_TOKEN": secrets.token_hex(8)})
+        assert not scene.rotate("retired").changes
+    assert scene.vault.ask("DELETE", f"/v1/secret/data/{scene.path}").status == 204
+    assert not scene.rotate("retired").changes
+
+
+@pytest.fixture
+def mount(vault: Server) -> Iterator[Server]:
+    yield vault
+    assert vault.ask("POST", "/v1/secret/config", {"max_versions": 0}).status == 204
+
+
+@pytest.mark.parametrize(
+    ("of_secret", "of_mount", "kept"), [(1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 0, 10), (1, 2, 2), (2, 1, 2)]
+)
+def test_the_old_version_must_be_kept(scene: Scene, mount: Server, of_secret: int, of_mount: int, kept: int) -> None:
+    """Where Vault keeps one version only, nobody can try the old value once the new one is written."""
+    assert mount.ask("POST", "/v1/secret/config", {"max_versions": of_mount}).status == 204
+    assert mount.ask("POST", f"/v1/secret/metadata/{scene.path}", {"max_versions": of_secret}).status == 204
+    if kept > 1:
+        scene.retire()
+        return
+    for state in ("staged", "current", "retired"):
+        with pytest.raises(Refused, match=f"max_versions of secret/{scene.path} is 1.* set it to 2 or more"):
+            scene.rotate(state)
+    assert mount.ask("GET", f"/v1/secret/metadata/{scene.pending()}").status == 404
+
+
 def test_values_from_a_provider(scene: Scene) -> None:
     issued = {"JWT_SECRET": "issued-by-the-provider"}
     with pytest.raises(Refused, match="JWT_SECRET is the value in use"):
@@ -299,7 +360,8 @@ def test_what_the_token_may_do_is_asked_first(scene: Scene) -> None:
     rules += 'path "secret/data/_pending/*" { capabilities = ["create", "read", "update"] }'
     assert scene.vault.ask("PUT", "/v1/sys/policies/acl/reader", {"policy": rules}).status == 204
     token = scene.vault.ask("POST", "/v1/auth/token/create", {"policies": ["reader"]}).body["auth"]["client_token"]
-    wanted = f"lack patch on secret/data/{scene.path}; update on secret/destroy/_pending/.*/{scene.path}$"
+    wanted = f"lack read on secret/config; patch on secret/data/{scene.path}; update on secret/destroy/_pending/.*"
+    wanted += f"; update on secret/destroy/{scene.path}$"
     with pytest.raises(Refused, match=wanted) as caught:
         scene.rotate("retired", vault_token=token)
     assert caught.value.guard == "capabilities"
@@ -318,6 +380,11 @@ def test_bad_tokens_mounts_and_namespaces(scene: Scene) -> None:
         scene.rotate("staged", fields=["ABSENT"], proof=[])
     with pytest.raises(Refused, match="vault_token is missing"):
         scene.rotate("staged", vault_token=None)
+    for option in ("vault_url", "proof_url"):
+        with pytest.raises(Refused, match=f"^{option} must be a URL"):
+            ROTATION.service.addresses({**scene.service(), option: "http://[::1"})
+    with pytest.raises(Refused, match=r"^proof: url must be a URL"):
+        ROTATION.service.addresses(scene.options("retired", proof=[{"url": "https://"}]))
 
 
 def test_the_environment_is_not_asked(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,10 +570,51 @@ def test_a_link_stays_a_link_and_what_a_crash_left_is_swept(place: Place) -> Non
     place.scene.rotate("current")
     link = place.file.with_name("link.env")
     link.symlink_to(place.file)
-    place.file.with_name("app.env.firebreak").write_text("left by a crash")
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    left = [f"app.env.firebreak.{number}.Ab3xYz" for number in (dead.pid, 999999999)]
+    foreign = [
+        "app.env.firebreak",
+        "app.env.firebreak.old",
+        f"app.env.firebreak.{dead.pid}",
+        "app.env.firebreak.1x.Ab3xYz",
+    ]
+    foreign.append(f"app.env.firebreak.{os.getpid()}.Ab3xYz")  # of a run that is alive
+    for name in (*left, *foreign):
+        place.file.with_name(name).write_text("left by a crash")
     place.deliver(env_file=str(link))
-    assert link.is_symlink() and not place.file.with_name("app.env.firebreak").exists()
+    assert link.is_symlink()
+    assert sorted(os.listdir(place.file.parent)) == sorted(["app.env", "link.env", "reloaded", *foreign])
     assert place.scene.current()["JWT_SECRET"].encode() in place.file.read_bytes()
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path: Path) -> None:
+    """One is held while its new file lies there; the other begins and ends meanwhile."""
+    folder, tools, go = tmp_path / "etc", tmp_path / "tools", tmp_path / "go"
+    folder.mkdir()
+    tools.mkdir()
+    file = folder / "app.env"
+    file.write_text("A=old\n")
+    (tools / "chmod").write_text(f'#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.02; done\n{shutil.which("chmod")} "$@"\n')
+    (tools / "chmod").chmod(0o755)
+    held, other = LocalHost(), LocalHost()
+    held.path = f"{tools}:{os.environ['PATH']}"
+    seen = _delivery.compare(other, str(file), {"A": "x"})[0]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(_delivery.replace, held, str(file), seen, {"A": "first"})
+        try:
+            until = time.monotonic() + 10
+            while not (lying := sorted(set(folder.iterdir()) - {file})) and time.monotonic() < until:
+                time.sleep(0.01)
+            _delivery.replace(other, str(file), seen, {"A": "second"})
+            assert len(lying) == 1 and sorted(set(folder.iterdir()) - {file}) == lying
+            assert lying[0].stat().st_mode & 0o7777 == 0o600
+        finally:
+            go.touch()
+        with pytest.raises(FirebreakError, match="somebody else changed it") as caught:
+            first.result(10)
+    assert caught.value.effect == "none"
+    assert file.read_text() == "A=second\n" and os.listdir(folder) == ["app.env"]
 
 
 def test_values_that_do_not_arrive_whole_change_nothing(place: Place) -> None:
@@ -524,7 +632,7 @@ def test_values_that_do_not_arrive_whole_change_nothing(place: Place) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("tool", ["readlink", "awk", "rm", "chmod", "sync", "mv"])
+@pytest.mark.parametrize("tool", ["readlink", "awk", "mktemp", "chmod", "sync", "mv"])
 def test_killed_on_the_host_inside_the_write(place: Place, tmp_path: Path, tool: str, when: str) -> None:
     """The host's shell dies at each of its steps: the file is the old or the new one, whole, and a rerun ends it."""
     place.scene.rotate("current")
