@@ -52,9 +52,12 @@ async def serve(options: argparse.Namespace) -> None:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=env, cwd=options.home,
         )  # fmt: skip
-        await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
+        # The channel stays open until the exit status is sent: a client that sees the end of the output before closes it,
+        # and then takes the missing status for a lost connection (OpenSSH's exits 255).
+        await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr, send_eof=False)
         code = await child.wait()
         await process.stdout.drain()
+        await process.stderr.drain()
         process.exit(code if code >= 0 else 128 - code)
 
     server = await asyncssh.listen(
