@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from typing import Any
@@ -51,6 +52,8 @@ class Report:
     conflicts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     irreversible: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # By task: what a dry run has put back so far, so that it goes on from there as the real run does.
+    back: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     after: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -87,6 +90,7 @@ class Undo:
         self.intent = intent
         self.report = report
         self.name = str(intent.body["control"])
+        self.assumed: dict[str, Any] = {}
 
     def run(self) -> None:
         changes = list(reversed(self.intent.body["changes"]))
@@ -110,7 +114,8 @@ class Undo:
         """Undo changes that share one set of arguments. False where somebody else's change is in the way."""
         task = self._task(control, group[0]["undo"])
         with _engine.client_of(task) as client:
-            facts = control.read(client, task.params)
+            back = self.report.back.setdefault(self.intent.body["what"], [])
+            facts = rewound(control.read(client, task.params), back)
             needed: list[str] = []
             conflicts: list[dict[str, Any]] = []
             undo = dict(group[0]["undo"])
@@ -132,7 +137,9 @@ class Undo:
             task = self._task(control, undo)
             self._exact(control.plan(task.params, facts).after, group, needed)
             if self.context.check_mode:
+                task.params["assumed"] = self.assumed
                 plan = _engine.decide(task, client)
+                self.assumed = {**self.assumed, **plan.after}  # what the groups before this one would have undone
                 result = _engine.result_of(task, plan, "planned")
             else:
                 result = _engine.Action(task, client, releases={"seq": self.intent.seq}).run()
@@ -184,6 +191,23 @@ def _grouped(changes: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _element(option: Any) -> str:
     """The name of an element in the option that lists the elements of a bulk change."""
     return str(option["value"] if isinstance(option, dict) else option)
+
+
+def rewound(facts: dict[str, Any], back: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts as they will be when these changes are put back."""
+    facts = copy.deepcopy(facts)
+    for change in back:
+        *parents, last = change["path"]
+        place = at(facts, tuple(parents))
+        if not isinstance(place, dict) or last not in place:
+            continue
+        if change["bulk"] is None:
+            place[last] = change["before"]
+            continue
+        before = change["before"] or {}
+        kept = {name: value for name, value in (place[last] or {}).items() if name not in change["elements"]}
+        place[last] = kept | {name: before[name] for name in change["elements"] if name in before}
+    return facts
 
 
 def compare(facts: dict[str, Any], change: dict[str, Any]) -> dict[str, list[str]]:
