@@ -18,6 +18,16 @@ from ._errors import Unproven
 from ._http import Answer, NoAnswer, origin, request
 
 TOKEN_SECONDS = 60
+SPEC: dict[str, Any] = {
+    "field": {"type": "str", "required": True},
+    "kind": {"type": "str", "choices": ["jwt", "webhook", "challenge"], "required": True},
+    "url": {"type": "str", "required": True},
+    "name": {"type": "str"},
+    "claims": {"type": "dict"},
+    "body": {"type": "str", "default": "{}"},
+    "header": {"type": "str", "default": "X-Signature"},
+    "prefix": {"type": "str", "default": ""},
+}
 
 
 def prove_rotation(proof: dict[str, Any], old: str, new: str, now: float) -> None:

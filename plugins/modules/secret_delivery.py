@@ -12,45 +12,30 @@ version_added: 1.0.0
 author: The firebreak.incident contributors (@firebreak)
 description:
   - Writes fields of a KV version 2 secret into an env file on the host, reloads the consumer, and proves that it works with them.
-  - The file is replaced in one step. Mode, owner and all other lines stay as they are.
+  - The file is replaced in one step by a new one. Mode, owner and all other lines stay as they are.
   - The values go from Vault through this control to the host's standard input, and nowhere else. Nothing of the file comes
     back; the host itself compares.
   - The consumer proves what it works with by the HMAC-SHA256 of a nonce, so that no value is sent.
 notes:
   - It reaches the host over Ansible's own connection, C(become) included, so it does not work with C(async).
-  - The host needs a POSIX shell with C(awk), C(readlink), C(stat) and C(sync).
+  - The host needs Linux and a POSIX shell with C(awk), C(mktemp), C(readlink), C(stat) and C(sync).
+  - ACLs, extended attributes and other names (hard links) of the file are not kept. Security labels are those of a new file in its folder.
   - The token needs C(read) on C(data/) of the secret.
 extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common
   - firebreak.incident.vault
 options:
-  engine_mount_point:
-    description: Where the KV version 2 engine is mounted.
-    type: str
-    default: secret
-  path:
-    description: The secret, for example V(app/backend).
-    type: str
-    required: true
-  fields:
-    description: The fields to deliver, each with its name at the consumer.
-    type: dict
-    required: true
+  engine_mount_point: {description: Where the KV version 2 engine is mounted., type: str, default: secret}
+  path: {description: "The secret, for example V(app/backend).", type: str, required: true}
+  fields: {description: "The fields to deliver, each with its name at the consumer.", type: dict, required: true}
   version:
     description:
       - The version that the secret must have reached; C(state_after.version) of M(firebreak.incident.vault_kv_rotation).
       - In check mode it may be one that is only planned.
     type: int
-  destination:
-    description: What kind of place the values are delivered to.
-    type: str
-    choices: [env_file]
-    default: env_file
-  env_file:
-    description: The file on the host, with its full path. It must exist.
-    type: str
-    required: true
+  destination: {description: What kind of place they are delivered to., type: str, choices: [env_file], default: env_file}
+  env_file: {description: "The file on the host, with its full path. It must exist.", type: str, required: true}
   reload:
     description: Command that makes the consumer read the file again, with its arguments.
     type: list
@@ -60,10 +45,7 @@ options:
     description: Where the consumer answers C(name) and C(nonce) with C(hmac), the hexadecimal HMAC-SHA256 of the nonce.
     type: str
     required: true
-  proof_patience:
-    description: Seconds that the consumer may take to use the new values.
-    type: float
-    default: 10
+  proof_patience: {description: Seconds that the consumer may take to use the new values., type: float, default: 10}
 seealso:
   - module: firebreak.incident.vault_kv_rotation
 """
@@ -90,33 +72,12 @@ changes:
   type: list
   elements: dict
   sample: [{"action": "update", "target": "JWT_SECRET in /etc/app/app.env", "reversible": false}]
-estimate:
-  description: Counts and names that traffic moves. They are shown, never compared.
-  returned: always
-  type: dict
-  sample: {}
-state_before:
-  description: What this control manages, before.
-  returned: always
-  type: dict
-state_after:
-  description: What this control manages, after; in check mode as planned.
-  returned: always
-  type: dict
-diff:
-  description: The part that differs.
-  returned: always
-  type: dict
-incident_id:
-  description: The incident.
-  returned: always
-  type: str
-  sample: INC-2026-1120-001
-mark:
-  description: The mark that the control leaves in the service, naming incident and round.
-  returned: always
-  type: str
-  sample: INC-2026-1120-001/1
+estimate: {description: "Counts, shown and never compared. This control has none.", returned: always, type: dict, sample: {}}
+state_before: {description: "What this control manages, before.", returned: always, type: dict}
+state_after: {description: What this control manages afterwards; in check mode as planned., returned: always, type: dict}
+diff: {description: The part that differs., returned: always, type: dict}
+incident_id: {description: The incident., returned: always, type: str, sample: INC-2026-1120-001}
+mark: {description: "Names incident and round, for the record.", returned: always, type: str, sample: INC-2026-1120-001/1}
 outcome:
   description:
     - V(verified) when the target was read again and nothing was left to do, V(applied) when a slow target has not settled yet, V(unproven)

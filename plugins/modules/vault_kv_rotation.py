@@ -13,11 +13,13 @@ author: The firebreak.incident contributors (@firebreak)
 description:
   - Rotates fields of one secret in a KV version 2 engine, and proves that the old values are refused.
   - It goes in three steps. Each can be repeated after a crash, and is made once for each incident and round.
-  - The new values are stored under C(_pending/) before anybody else knows them. In the end a record without values stays.
+  - The new values are stored under C(_pending/) before anybody else knows them. In the end a record without values stays,
+    by which a later run notices that somebody wrote other values; it then names version and writer, and fails.
 notes:
   - The token needs C(read) and C(patch) on C(data/) of the secret; C(create), C(read) and C(update) on
-    C(data/_pending/*); C(read) on C(metadata/) of both; and for V(retired) C(update) on C(destroy/) of both.
-    All of it is asked before the first write.
+    C(data/_pending/*); C(read) on C(metadata/) of both and on C(config) of the mount; and for V(retired) C(update) on
+    C(destroy/) of both. All of it is asked before the first write.
+  - Vault must keep two versions. Where C(max_versions) of secret and mount allows only one, nothing is written.
 extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common
@@ -32,41 +34,19 @@ options:
     type: str
     choices: [staged, current, retired]
     default: retired
-  engine_mount_point:
-    description: Where the KV version 2 engine is mounted.
-    type: str
-    default: secret
-  path:
-    description: The secret, for example V(app/backend).
-    type: str
-    required: true
-  fields:
-    description: The fields that are rotated together.
-    type: list
-    elements: str
-    required: true
-  format:
-    description: How generated values are written.
-    type: str
-    choices: [urlsafe, base64, hex]
-    default: urlsafe
-  bytes:
-    description: Random bytes in a generated value, at least 32.
-    type: int
-    default: 32
-  new_values:
-    description: Values that a provider issued, by field. The other fields are generated.
-    type: dict
+  engine_mount_point: {description: Where the KV version 2 engine is mounted., type: str, default: secret}
+  path: {description: "The secret, for example V(app/backend).", type: str, required: true}
+  fields: {description: The fields that are rotated together., type: list, elements: str, required: true}
+  format: {description: How generated values are written., type: str, choices: [urlsafe, base64, hex], default: urlsafe}
+  bytes: {description: "Random bytes in a generated value, at least 32.", type: int, default: 32}
+  new_values: {description: "Values that a provider issued, by field. The other fields are generated.", type: dict}
   proof:
     description: How V(retired) tries the values. Each field needs one. The old value must be refused with status 401.
     type: list
     elements: dict
     default: []
     suboptions:
-      field:
-        description: The field whose values are tried.
-        type: str
-        required: true
+      field: {description: The field whose values are tried., type: str, required: true}
       kind:
         description:
           - V(jwt) asks O(proof[].url) with a token that is signed with the value (HS256).
@@ -75,28 +55,15 @@ options:
         type: str
         choices: [jwt, webhook, challenge]
         required: true
-      url:
-        description: Where they are tried.
-        type: str
-        required: true
-      name:
-        description: The value's name at the consumer; by default O(proof[].field).
-        type: str
-      claims:
-        description: Claims of the token, those of somebody who may use O(proof[].url).
-        type: dict
+      url: {description: Where they are tried., type: str, required: true}
+      name: {description: "The value's name at the consumer; by default O(proof[].field).", type: str}
+      claims: {description: "Claims of the token, those of somebody who may use O(proof[].url).", type: dict}
       body:
         description: Body of the webhook; take an event that the consumer accepts and that changes nothing.
         type: str
         default: '{}'
-      header:
-        description: Header that carries the signature.
-        type: str
-        default: X-Signature
-      prefix:
-        description: What stands before the signature, for example V(sha256=).
-        type: str
-        default: ''
+      header: {description: Header that carries the signature., type: str, default: X-Signature}
+      prefix: {description: "What stands before the signature, for example V(sha256=).", type: str, default: ''}
 seealso:
   - module: firebreak.incident.secret_delivery
 """
@@ -130,35 +97,17 @@ changes:
   type: list
   elements: dict
   sample: [{"action": "update", "target": "JWT_SECRET of secret/app/backend", "reversible": false}]
-estimate:
-  description: Counts and names that traffic moves. They are shown, never compared.
-  returned: always
-  type: dict
-  sample: {"old_versions": 3}
-state_before:
-  description: What this control manages, before.
-  returned: always
-  type: dict
+estimate: {description: "Counts, shown and never compared.", returned: always, type: dict, sample: {"old_versions": 3}}
+state_before: {description: "What this control manages, before.", returned: always, type: dict}
 state_after:
   description:
     - What this control manages, after; in check mode as planned.
     - Its C(version) is what M(firebreak.incident.secret_delivery) takes as C(version).
   returned: always
   type: dict
-diff:
-  description: The part that differs.
-  returned: always
-  type: dict
-incident_id:
-  description: The incident.
-  returned: always
-  type: str
-  sample: INC-2026-1120-001
-mark:
-  description: The mark that the control leaves in the service, naming incident and round.
-  returned: always
-  type: str
-  sample: INC-2026-1120-001/1
+diff: {description: The part that differs., returned: always, type: dict}
+incident_id: {description: The incident., returned: always, type: str, sample: INC-2026-1120-001}
+mark: {description: "The mark of incident and round in Vault.", returned: always, type: str, sample: INC-2026-1120-001/1}
 outcome:
   description:
     - V(verified) when the target was read again and nothing was left to do, V(applied) when a slow target has not settled yet, V(unproven)
@@ -170,7 +119,7 @@ outcome:
 
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _kv_rotation, _vault
+from ansible_collections.firebreak.incident.plugins.module_utils import _kv_rotation, _proof, _vault
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Control
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import Refused
 from ansible_collections.firebreak.incident.plugins.module_utils._kv_rotation import STATES, fields_of, name_of
@@ -180,16 +129,6 @@ from ansible_collections.firebreak.incident.plugins.module_utils._plan import Ch
 FEWEST_BYTES = 32
 STOLEN = "the old value is stolen"
 
-PROOF = {
-    "field": {"type": "str", "required": True},
-    "kind": {"type": "str", "choices": ["jwt", "webhook", "challenge"], "required": True},
-    "url": {"type": "str", "required": True},
-    "name": {"type": "str"},
-    "claims": {"type": "dict"},
-    "body": {"type": "str", "default": "{}"},
-    "header": {"type": "str", "default": "X-Signature"},
-    "prefix": {"type": "str", "default": ""},
-}
 SPEC: dict[str, Any] = {
     "argument_spec": {
         "state": {"type": "str", "choices": ["staged", "current", "retired"], "default": "retired"},
@@ -199,7 +138,7 @@ SPEC: dict[str, Any] = {
         "format": {"type": "str", "choices": ["urlsafe", "base64", "hex"], "default": "urlsafe"},
         "bytes": {"type": "int", "default": FEWEST_BYTES},
         "new_values": {"type": "dict", "no_log": True},
-        "proof": {"type": "list", "elements": "dict", "default": [], "options": PROOF},
+        "proof": {"type": "list", "elements": "dict", "default": [], "options": _proof.SPEC},
     }
 }
 
