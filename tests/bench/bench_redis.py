@@ -28,6 +28,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import _redis
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.modules.redis_session_revocation import CONTROL
 from lab.parts.valkey import binary
+from tests.bench.table import Row, say
 
 KEYS = 2_000_000
 ROUNDS = 2
@@ -147,13 +148,34 @@ WAYS: list[tuple[str, Callable[..., None], dict[str, Any]]] = [
 ]
 
 
-def main() -> None:
-    keys = int(sys.argv[1]) if len(sys.argv) > 1 else KEYS
+def measured(keys: int, rounds: int, ways: list[Any]) -> dict[str, list[tuple[float, ...]]]:
+    """Every way in each round."""
     runs: dict[str, list[tuple[float, ...]]] = {}
     with server() as port:
-        for _round in range(ROUNDS):
-            for name, way, own in WAYS:
+        for number in range(1, rounds + 1):
+            for name, way, own in ways:
                 runs.setdefault(name, []).append(measure(port, keys, way, own))
+                say(f"round {number}: {name}: {runs[name][-1][0]:.2f} s")
+    return runs
+
+
+def rows(keys: int = KEYS) -> list[Row]:
+    """The control against the floor, for the table of all benchmarks."""
+    runs = measured(keys, ROUNDS, WAYS[:2])
+    (base, *_), (seconds, memory, _p50, p99, most) = (
+        [statistics.median(column) for column in zip(*taken, strict=True)] for taken in runs.values()
+    )
+    return [
+        Row(f"{keys // 2:,} of {keys:,} Redis sessions revoked", seconds, "s", base, "x 1.1"),
+        Row("  another client's p99 meanwhile", p99, "ms", None, "< 5 ms"),
+        Row("  another client's longest wait", most, "ms", None, "< 20 ms"),
+        Row("  memory of the control", memory, "MB", None, "< 60 MB"),
+    ]
+
+
+def main() -> None:
+    keys = int(sys.argv[1]) if len(sys.argv) > 1 else KEYS
+    runs = measured(keys, ROUNDS, WAYS)
     base = statistics.median(run[0] for run in runs[WAYS[0][0]])
     print(f"{keys // 2} of {keys} keys, medians of {ROUNDS} rounds; another client's PING in ms")
     print(f"{'way':44} {'seconds':>8} {'x floor':>8} {'p50':>6} {'p99':>6} {'max':>6} {'MB':>5}")
