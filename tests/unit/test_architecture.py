@@ -423,7 +423,7 @@ def test_nothing_beside_playbooks() -> None:
 def test_playbook_is_called_by_its_name(path: Path) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*", path.stem)
     command = [
-        "ansible-playbook",
+        str(Path(sys.executable).parent / "ansible-playbook"),
         "-i",
         str(ROOT / "inventory/lab.yml"),
         "--syntax-check",
