@@ -13,7 +13,7 @@ import datetime
 import ipaddress
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ._errors import Refused
 from ._plan import Plan
@@ -21,7 +21,7 @@ from ._plan import Plan
 # A block wider than these needs break glass: 65,536 IPv4 addresses, or a provider's usual IPv6 allocation.
 WIDEST_PREFIX = {4: 16, 6: 32}
 MOST_COUNTRIES = 20
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 
 
 def site(params: Mapping[str, Any], addresses: list[str], environment: Mapping[str, str]) -> None:

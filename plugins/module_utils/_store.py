@@ -18,7 +18,7 @@ import pathlib
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from . import _aws
 from ._control import Context
@@ -295,7 +295,7 @@ class S3Store:
         return answer
 
 
-Store = FileStore | S3Store
+Store: TypeAlias = "FileStore | S3Store"
 
 
 def open_store(params: dict[str, Any], context: Context) -> Store:

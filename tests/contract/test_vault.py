@@ -30,6 +30,7 @@ OWN = {
     "hash",
     "hmac",
     "id",
+    "last_renewal_time",
     "request_id",
     "server_time_utc",
     "ttl",
