@@ -54,6 +54,11 @@ def documented(control: str, block: str = "RETURN") -> dict[str, Any]:
 # --- a task's options
 
 
+def store_of(lab: Any) -> str:
+    """One case store for all tests of a lab, so that no two incidents have the same id. Rows of evidence look below the lab."""
+    return f"file://{lab.dir}/trials"
+
+
 def surroundings(lab: Any, store: str, host: str, incident_id: str | None = None) -> dict[str, Any]:
     """The options that say which incident, where its case is, and on which system."""
     known = lab.hostvars(host)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 from typing import Any
@@ -90,7 +89,6 @@ class Undo:
         self.intent = intent
         self.report = report
         self.name = str(intent.body["control"])
-        self.assumed: dict[str, Any] = {}
 
     def run(self) -> None:
         changes = list(reversed(self.intent.body["changes"]))
@@ -115,7 +113,9 @@ class Undo:
         task = self._task(control, group[0]["undo"])
         with _engine.client_of(task) as client:
             back = self.report.back.setdefault(self.intent.body["what"], [])
-            facts = rewound(control.read(client, task.params), back)
+            facts = control.read(client, task.params)
+            for diff in back:
+                facts = foreseen(facts, diff["before"], diff["after"])
             needed: list[str] = []
             conflicts: list[dict[str, Any]] = []
             undo = dict(group[0]["undo"])
@@ -137,10 +137,10 @@ class Undo:
             task = self._task(control, undo)
             self._exact(control.plan(task.params, facts).after, group, needed)
             if self.context.check_mode:
-                task.params["assumed"] = self.assumed
+                task.params["assumed"] = facts if back else {}
                 plan = _engine.decide(task, client)
-                self.assumed = {**self.assumed, **plan.after}  # what the groups before this one would have undone
                 result = _engine.result_of(task, plan, "planned")
+                back.append(result["diff"])
             else:
                 result = _engine.Action(task, client, releases={"seq": self.intent.seq}).run()
             self.report.took(self.name, result)
@@ -193,20 +193,17 @@ def _element(option: Any) -> str:
     return str(option["value"] if isinstance(option, dict) else option)
 
 
-def rewound(facts: dict[str, Any], back: list[dict[str, Any]]) -> dict[str, Any]:
-    """The facts as they will be when these changes are put back."""
-    facts = copy.deepcopy(facts)
-    for change in back:
-        *parents, last = change["path"]
-        place = at(facts, tuple(parents))
-        if not isinstance(place, dict) or last not in place:
-            continue
-        if change["bulk"] is None:
-            place[last] = change["before"]
-            continue
-        before = change["before"] or {}
-        kept = {name: value for name, value in (place[last] or {}).items() if name not in change["elements"]}
-        place[last] = kept | {name: before[name] for name in change["elements"] if name in before}
+def foreseen(facts: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The facts with what differs between before and after. What these facts do not hold is another target's."""
+    facts = dict(facts)
+    for key in {*before, *after}:
+        if key not in after:
+            facts.pop(key, None)
+        elif key not in before:
+            facts[key] = after[key]
+        elif key in facts:
+            deeper = all(isinstance(value, dict) for value in (facts[key], before[key], after[key]))
+            facts[key] = foreseen(facts[key], before[key], after[key]) if deeper else after[key]
     return facts
 
 
