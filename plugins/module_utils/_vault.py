@@ -37,6 +37,7 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
 SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 ATTEMPTS = 3
+PASSING = (0, 500, 502, 503, 504)  # 0 is no answer
 LONGEST_PAUSE = 5.0
 DEFAULT_VERSIONS = 10  # where neither secret nor mount says how many are kept
 
@@ -59,10 +60,12 @@ class VaultError(FirebreakError):
     def __init__(self, msg: str, status: int, effect: str) -> None:
         super().__init__(msg, effect=effect)
         self.status = status
+        self.hung = False  # it was waited for
+        self.retry_after: str | None = None
 
 
 class NoAnswer(VaultError):
-    """None came. ``hung`` says that it was waited for."""
+    """None came."""
 
     def __init__(self, action: str, exc: Exception) -> None:
         super().__init__(f"{action}: vault_url gave no answer ({type(exc).__name__})", 0, _effect_of(exc))
@@ -179,25 +182,20 @@ class Client:
 
         A rate limit came before any effect. A server that hangs once hangs again: it is not waited for twice.
         """
-        try:
-            for attempt in range(1, ATTEMPTS + 1):
-                pause = None
-                try:
-                    answer = self._send(method, where, action, **kwargs)
-                    if answer.status_code == 429 or (again and answer.status_code in (500, 502, 503, 504)):
-                        pause = _pause(answer.headers.get("Retry-After"), attempt)
-                except NoAnswer as error:
-                    pause = 0.1 * attempt
-                    if not again or error.hung or attempt == ATTEMPTS or pause >= self._left():
-                        raise
-                if pause is None or attempt == ATTEMPTS or pause >= self._left():
-                    break
-                self.sleep(pause)
-            return answer.status_code, _checked(answer, action)
-        except VaultError as error:
-            if again:
-                error.effect = "none"
-            raise
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                answer = self._send(method, where, action, **kwargs)
+                return answer.status_code, _checked(answer, action)
+            except VaultError as error:
+                if again:
+                    error.effect = "none"
+                passing = error.status == 429 or (again and error.status in PASSING and not error.hung)
+                pause = _pause(error.retry_after, attempt)
+                if not passing or attempt == ATTEMPTS or pause >= self._left():
+                    raise
+            self.sleep(pause)
 
     def _read(self, where: str, action: str, **kwargs: Any) -> tuple[int, dict[str, Any]]:
         return self._call("get", where, action, True, **kwargs)
@@ -369,4 +367,6 @@ def _checked(answer: Any, action: str) -> dict[str, Any]:
         raise Mismatch(f"{action}: it was changed in between (400)", status, "none")
     sealed = status == 503 and any("sealed" in each for each in errors)
     effect = "none" if status < 500 or sealed else "unknown"
-    raise VaultError(f"{action}: Vault answered {status}: {_HINTS.get(status, 'it failed')}", status, effect)
+    error = VaultError(f"{action}: Vault answered {status}: {_HINTS.get(status, 'it failed')}", status, effect)
+    error.retry_after = answer.headers.get("Retry-After")
+    raise error
