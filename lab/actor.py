@@ -75,7 +75,7 @@ class Ledger:
     def run(self, loops: list[Callable[[], None]]) -> None:
         """All loops at once, until asked to stop or for ten minutes."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop.set())
+            signal.signal(number, lambda *_unused: self.stop.set())
         threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in threads:
             thread.start()

@@ -76,7 +76,7 @@ class Database:
         self._settings = settings
         self._where = f"host={env['PGHOST']} port={env['PGPORT']} dbname={env['PGDATABASE']} user={env['PGUSER']}"
         self._free: queue.LifoQueue[psycopg.Connection[Any] | None] = queue.LifoQueue()
-        for _ in range(8):
+        for _unused in range(8):
             self._free.put(None)
 
     def run(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -128,7 +128,7 @@ class Application:
         if not rows or not check_password(str(body.get("password")), rows[0][2]):
             self._audit(str(body.get("email"))[:100], "login_failed", address, correlation)
             raise Refused(401, "wrong email or password")
-        user, email, _ = rows[0]
+        user, email, _unused = rows[0]
         self._write("INSERT INTO sessions (user_id, address) VALUES (%s, %s)", (user, address))
         self._audit(email, "login", address, correlation)
         return {"access_token": self._access(user), "refresh_token": self._refresh(user, int(time.time()), address)}
@@ -397,7 +397,7 @@ def main() -> None:
     env = os.environ
     settings = Settings(Path(env["APP_DIR"]) / "app.env")
     Handler.application = Application(settings, Database(settings, env), env)
-    signal.signal(signal.SIGHUP, lambda *_: settings.load())
+    signal.signal(signal.SIGHUP, lambda *_unused: settings.load())
     Server(("127.0.0.1", int(env["PORT"])), Handler).serve_forever()
 
 

@@ -22,7 +22,7 @@ class Lock:
 
     def take(self) -> bool:
         """Once more where somebody is just asking who holds it."""
-        for _ in range(4):
+        for _unused in range(4):
             if self._try():
                 return True
             time.sleep(0.05)

@@ -101,11 +101,11 @@ class Process:
 
     async def listening(self, port: int, patience: float = 20) -> None:
         """Wait until the port answers."""
-        for _ in range(int(patience / 0.01)):
+        for _unused in range(int(patience / 0.01)):
             if not self.running:
                 raise self.failure()
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                _unused, writer = await asyncio.open_connection("127.0.0.1", port)
             except OSError:
                 await asyncio.sleep(0.01)
                 continue

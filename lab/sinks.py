@@ -45,10 +45,10 @@ async def hook(kept: Kept, reader: asyncio.StreamReader, writer: asyncio.StreamW
     """Answers ``ok``: chat services say just that, and their clients wait for it."""
     try:
         while line := await reader.readline():
-            method, path, _ = line.decode("latin-1").split(" ", 2)
+            method, path, _unused = line.decode("latin-1").split(" ", 2)
             headers = {}
             while (line := await reader.readline()) not in (b"\r\n", b""):
-                name, _, value = line.decode("latin-1").partition(":")
+                name, _unused, value = line.decode("latin-1").partition(":")
                 headers[name.strip().lower()] = value.strip()
             body = await reader.readexactly(int(headers.get("content-length") or 0))
             kept.add(method=method, path=path, headers=headers, body=body.decode(errors="replace"))

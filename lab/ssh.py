@@ -31,7 +31,7 @@ class Door(asyncssh.SSHServer):
 
 
 def make_keys(folder: Path, port: int) -> tuple[asyncssh.SSHKey, asyncssh.SSHKey]:
-    host, client = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    host, client = (asyncssh.generate_private_key("ssh-ed25519") for _unused in range(2))
     files.write(folder / "client", client.export_private_key().decode())
     key = host.export_public_key().decode()
     files.write(folder / "known_hosts", f"[127.0.0.1]:{port},{ALIAS} {key}")

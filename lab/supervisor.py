@@ -53,7 +53,7 @@ def prepare(directory: Path) -> Lock:
 
 def _wipe(folder: Path) -> None:
     """The servers of a lab that was killed a moment ago may still be writing."""
-    for _ in range(100):
+    for _unused in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return

@@ -128,7 +128,7 @@ class TcpProxy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_unused: object) -> None:
         self.close()
 
     def fault(self, kind: str, amount: float = 0, way: str = "both", times: int | None = None) -> None:
@@ -171,7 +171,7 @@ class TcpProxy:
     def _accept(self) -> None:
         while not self.closed:
             try:
-                client, _ = self._listener.accept()
+                client, _unused = self._listener.accept()
             except OSError:  # closed, or a client that is gone again
                 time.sleep(0.01)
                 continue
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--control-port", type=int, default=0)
     parser.add_argument("--source", help="the address that the server sees")
     options = parser.parse_args()
-    host, _, port = options.target.rpartition(":")
+    host, _unused, port = options.target.rpartition(":")
     proxy = TcpProxy((host, int(port)), options.port, options.source)
     server = HTTPServer(("127.0.0.1", options.control_port), _handler(proxy))
     print(json.dumps({"port": proxy.port, "control_port": server.server_port}), flush=True)

@@ -92,7 +92,7 @@ class Web:
         """A forged token reads somebody's profile."""
         claims = {"sub": str(next(self._users)), "iat": int(time.time()), "exp": int(time.time()) + 600}
         token = sign(claims, self._stolen["jwt_secret"])
-        status, _ = self._clients["jwt"].send("GET", "/api/me", Authorization=f"Bearer {token}")
+        status, _unused = self._clients["jwt"].send("GET", "/api/me", Authorization=f"Bearer {token}")
         _checked(status)
         return 1
 
@@ -109,7 +109,7 @@ class Web:
         """A payment that nobody made."""
         body = json.dumps({"reference": f"forged-{next(self._payments)}", "amount": 100}).encode()
         signature = hmac.digest(self._stolen["webhook_secret"].encode(), body, "sha256").hex()
-        status, _ = self._clients["webhook"].send("POST", "/hooks/payment", body, **{"X-Signature": signature})
+        status, _unused = self._clients["webhook"].send("POST", "/hooks/payment", body, **{"X-Signature": signature})
         _checked(status)
         return 1
 

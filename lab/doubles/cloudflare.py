@@ -129,7 +129,7 @@ class Api:
                 return error.status, None, {"errors": error.errors}
 
     def _authorize(self, path: str, authorization: str) -> None:
-        scheme, _, token = authorization.partition(" ")
+        scheme, _unused, token = authorization.partition(" ")
         if scheme != "Bearer" or not re.fullmatch(r"[A-Za-z0-9_.-]+", token):
             chain = [{"code": 6111, "message": "Invalid format for Authorization header"}]
             raise ApiError(400, 6003, "Invalid request headers", error_chain=chain)
@@ -137,13 +137,13 @@ class Api:
             if path.endswith("/tokens/verify"):
                 raise ApiError(401, 1000, "Invalid API Token")
             raise ApiError(403, 10000, "Authentication error")
-        kind, _, rest = path.lstrip("/").partition("/")
+        kind, _unused, rest = path.lstrip("/").partition("/")
         given, ours = rest.partition("/")[0], {"zones": self.edge.zone, "accounts": self.edge.account}
         if re.fullmatch(ID, given) and given != ours.get(kind, given):
             raise ApiError(403, 10000, "Authentication error")
 
     def _route(self, method: str, path: str, query: Query, body: Any) -> Answer:
-        kind, _, rest = path.lstrip("/").partition("/")
+        kind, _unused, rest = path.lstrip("/").partition("/")
         if kind in ("zones", "accounts") and not re.fullmatch(ID, rest.partition("/")[0]):
             raise unroutable(path)
         allowed = False

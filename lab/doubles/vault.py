@@ -302,8 +302,8 @@ def main() -> None:
     root_token = os.environ.pop("VAULT_DEV_ROOT_TOKEN", "")
     if not root_token:
         parser.error("VAULT_DEV_ROOT_TOKEN is not set")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_unused: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_unused: sys.exit(0))
     end_with_parent()
     with Server(("127.0.0.1", args.port), root_token, None if args.tls == "no" else args.tls) as server:
         print("ready", flush=True)

@@ -65,11 +65,11 @@ class KeyValue:
 
     def exists(self, path: str) -> bool | None:
         """Whether a write creates or updates; None where the engine does not tell them apart."""
-        area, _, key = path.partition("/")
+        area, _unused, key = path.partition("/")
         return key in self.keys if area in ("data", "metadata") else None
 
     def answer(self, call: Call) -> Answer | None:
-        area, _, name = call.path.partition("/")
+        area, _unused, name = call.path.partition("/")
         handlers = self._handlers(area, name)
         if not handlers:
             return self._invalid(call)

@@ -97,7 +97,7 @@ class Tokens:
         return None
 
     def answer(self, call: Call) -> Answer | None:
-        name, _, rest = call.path.partition("/")
+        name, _unused, rest = call.path.partition("/")
         handlers: dict[tuple[str, str], Callable[[Call], Answer | None]] = {
             ("accessors", "list"): self.accessors,
             ("lookup-accessor", "update"): self.lookup_accessor,
@@ -117,7 +117,7 @@ class Tokens:
         handler = None if rest else handlers.get((name, call.operation))
         if handler:
             return handler(call)
-        if not rest and any(known == name for known, _ in handlers):
+        if not rest and any(known == name for known, _unused in handlers):
             raise Refused(405, "unsupported operation", wrapped=True)
         raise Refused(404, "unsupported path", wrapped=True)
 
@@ -362,4 +362,4 @@ def _display_name(given: Any) -> str:
 
 
 def _random(length: int) -> str:
-    return "".join(secrets.choice(LETTERS) for _ in range(length))
+    return "".join(secrets.choice(LETTERS) for _unused in range(length))

@@ -27,7 +27,7 @@ class Transit:
         return None
 
     def answer(self, call: Call) -> Answer | None:
-        area, _, name = call.path.partition("/")
+        area, _unused, name = call.path.partition("/")
         if area == "keys" and not name and call.operation == "list":
             return Answer({"keys": sorted(self.keys)})
         if area == "keys" and name and "/" not in name and call.operation in ("read", "update"):

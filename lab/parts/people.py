@@ -19,7 +19,7 @@ def hash_password(password: str, salt: bytes | None = None, iterations: int = IT
 
 
 def check_password(password: str, stored: str) -> bool:
-    _, iterations, salt, _ = stored.split("$")
+    _unused, iterations, salt, _unused = stored.split("$")
     return hmac.compare_digest(hash_password(password, bytes.fromhex(salt), int(iterations)), stored)
 
 

@@ -166,7 +166,7 @@ async def start(process: Process, data: Path) -> None:
     pid_file = data / "postmaster.pid"
     pid_file.unlink(missing_ok=True)
     await process.start()
-    for _ in range(2000):
+    for _unused in range(2000):
         if not process.running:
             raise process.failure()
         if pid_file.exists() and pid_file.read_text().splitlines()[7:8] == ["ready   "]:

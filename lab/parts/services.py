@@ -59,7 +59,7 @@ def request(
 async def until(call: Callable[[], tuple[int, Any]], what: str, wanted: tuple[int, ...] = (200, 204)) -> Any:
     """Ask until the answer is right."""
     last: object = "no answer"
-    for _ in range(300):
+    for _unused in range(300):
         try:
             last, body = await asyncio.to_thread(call)
             if last in wanted:
@@ -101,7 +101,7 @@ async def vault(site: Site) -> None:
     await process.start()
     await process.listening(port)
     await seed_vault(site)
-    _, health = await asyncio.to_thread(request, "GET", site.url("vault") + "/v1/sys/health")
+    _unused, health = await asyncio.to_thread(request, "GET", site.url("vault") + "/v1/sys/health")
     site.ready("vault", "real" if program else "double", f"Vault {health['version']}", site.url("vault"))
 
 

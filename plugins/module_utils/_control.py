@@ -61,7 +61,8 @@ class Control:
 
     ``deadline`` (seconds) bounds the changes of one run; ``settle`` (seconds) how long verification waits for a slow truth;
     ``slow`` says that the truth may take longer than that, and is then "applied", settled by a later run of the same task;
-    ``private`` names options that tell of people: the journal holds how many, not who; ``evidence`` puts it on a stream of its own, so that a hanging export keeps no other control of its host waiting.
+    ``evidence`` puts it on a stream of its own, so that a hanging export keeps no other control of its host waiting;
+    ``private`` names options that tell of people: the journal holds how many, not who.
     """
 
     name: str

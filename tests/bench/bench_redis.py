@@ -87,7 +87,7 @@ def bystander(port: int, stop: Any, result: Any) -> None:
 
 
 def floor(port: int) -> None:
-    scanner, writer = (redis.Redis(port=port, protocol=2).connection_pool.get_connection() for _ in range(2))
+    scanner, writer = (redis.Redis(port=port, protocol=2).connection_pool.get_connection() for _unused in range(2))
     scanner.send_command("SCAN", b"0", "MATCH", "session:refresh:*", "COUNT", 1000)
     waiting = False
     cursor = None
@@ -162,7 +162,7 @@ def measured(keys: int, rounds: int, ways: list[Any]) -> dict[str, list[tuple[fl
 def rows(keys: int = KEYS) -> list[Row]:
     """The control against the floor, for the table of all benchmarks."""
     runs = measured(keys, ROUNDS, WAYS[:2])
-    (base, *_), (seconds, memory, _p50, p99, most) = (
+    (base, *_unused), (seconds, memory, _p50, p99, most) = (
         [statistics.median(column) for column in zip(*taken, strict=True)] for taken in runs.values()
     )
     return [

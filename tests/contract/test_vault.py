@@ -685,5 +685,5 @@ def test_double_answers_as_the_table_says(double: Server, row: str) -> None:
 def test_real_vault_answers_as_the_double(double: Server, real: Server, row: str) -> None:
     theirs = run(real, row, "again")
     ours = run(double, row, "again")
-    for number, ((step, mine), (_, yours)) in enumerate(zip(ours, theirs, strict=True)):
+    for number, ((step, mine), (_unused, yours)) in enumerate(zip(ours, theirs, strict=True)):
         assert not differences(step, mine, yours), f"step {number}: {step.method} {step.path}"

@@ -68,9 +68,9 @@ def test_a_status_instead_of_the_answer(server: Server, status: int, when: str, 
 
 def test_a_fault_meets_the_request_that_was_chosen(server: Server) -> None:
     server.fault(do="status", path="/data/", method="POST", nth=2, times=2)
-    assert [put(server) for _ in range(4)] == [200, 500, 500, 200]
+    assert [put(server) for _unused in range(4)] == [200, 500, 500, 200]
     server.fault(do="status", method="POST", times=0)
-    assert [put(server) for _ in range(3)] == [500, 500, 500]
+    assert [put(server) for _unused in range(3)] == [500, 500, 500]
     assert server.ask("DELETE", "/lab/faults").status == 204
     assert put(server) == 200
 
@@ -134,7 +134,7 @@ def test_a_version_deletes_itself_when_its_time_is_over(server: Server) -> None:
 def test_one_of_many_writers_wins(server: Server) -> None:
     body = {"options": {"cas": 0}, "data": {}}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(server.ask, "POST", KEY, body) for _ in range(8)]
+        asked = [pool.submit(server.ask, "POST", KEY, body) for _unused in range(8)]
     assert sorted(each.result().status for each in asked) == [200] + [400] * 7
 
 

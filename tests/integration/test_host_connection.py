@@ -50,7 +50,7 @@ def connect(lab: Lab) -> Iterator[Connect]:
 def test_input_outputs_and_status_arrive_every_time(connect: Connect, ssh_args: str) -> None:
     host = connect(ssh_args)
     given = b"NAME=value\n=\n"
-    seen = [host.run("cat; echo told >&2; exit 3", given) for _ in range(TIMES)]
+    seen = [host.run("cat; echo told >&2; exit 3", given) for _unused in range(TIMES)]
     assert [(status, output) for status, output, _errors in seen] == [(3, given)] * TIMES
     assert all(b"told\n" in errors for _status, _output, errors in seen)
 

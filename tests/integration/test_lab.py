@@ -223,7 +223,7 @@ def test_refresh_keeps_the_time_of_the_first_login(lab: Lab) -> None:
         # A family of our own with an old beginning: the thief's stays for others' tests.
         began = json.loads(str(cache.get(f"session:refresh:{user}:{identity}")))["iat"]
         cache.set(f"session:refresh:150:{'a' * 32}", json.dumps({"user_id": 150, "iat": began}), ex=600)
-        _, body = request("POST", lab.app_url + "/api/auth/refresh", {"refresh_token": f"150.{'a' * 32}"}, JSON)
+        _unused, body = request("POST", lab.app_url + "/api/auth/refresh", {"refresh_token": f"150.{'a' * 32}"}, JSON)
         held = cache.get("session:refresh:" + body["refresh_token"].replace(".", ":"))
     assert json.loads(str(held))["iat"] == began
 
@@ -260,7 +260,7 @@ def test_secret_proof_is_for_the_inside_only(lab: Lab) -> None:
 
 def test_metrics_count_requests(lab: Lab) -> None:
     def logins() -> int:
-        _, text = request("GET", lab.app_url + "/obs/metrics")
+        _unused, text = request("GET", lab.app_url + "/obs/metrics")
         lines = [line for line in text.splitlines() if 'path="/api/auth/login",status="200"' in line]
         return int(lines[0].split()[-1]) if lines else 0
 
@@ -388,7 +388,7 @@ def test_doors_close_and_users_are_served(robbed: Lab) -> None:
     path.write_text(text)
     subprocess.run([robbed.dir / "app" / "reload"], check=True)
     with redis.Redis.from_url(robbed.env["REDIS_URL"]) as cache:
-        for _ in range(2):  # a token that was refreshed meanwhile has a new name
+        for _unused in range(2):  # a token that was refreshed meanwhile has a new name
             for key in cache.scan_iter("session:refresh:*", count=1000):
                 cache.delete(key)
     for name in doors(robbed):

@@ -166,6 +166,6 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("data")
     process = command(tmp_path, "up")
-    _, err = process.communicate(timeout=10)
+    _unused, err = process.communicate(timeout=10)
     assert process.returncode == 1 and "LAB_DIR" in err
     assert (tmp_path / "run" / "precious").read_text() == "data"

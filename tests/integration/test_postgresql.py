@@ -186,7 +186,9 @@ def test_a_fence_that_was_cut_off_can_be_released_at_once(
     lab: Lab, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = observe(lab)
-    monkeypatch.setattr(_postgresql.Client, "reload", lambda client: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        _postgresql.Client, "reload", lambda client: (_unused for _unused in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         go(FENCE, params)
     monkeypatch.undo()

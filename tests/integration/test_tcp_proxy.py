@@ -94,7 +94,7 @@ def test_cut_after_so_many_bytes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, TcpProxy(server.getsockname()) as proxy:
         proxy.fault("cut", 5, way="up")
         client = socket.create_connection(("127.0.0.1", proxy.port))
-        peer, _ = server.accept()
+        peer, _unused = server.accept()
         client.sendall(b"1234567890")
         assert peer.recv(100) == b"12345" and peer.recv(100) == b""
 
