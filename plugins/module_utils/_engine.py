@@ -452,6 +452,8 @@ class Action:
 
     def _failure(self, failure: Exception) -> dict[str, Any]:
         msg = failure.msg if isinstance(failure, FirebreakError) else f"unexpected {type(failure).__name__}"
+        # An entry that would hold a secret is refused, and this one has to be written.
+        msg = self.task.context.secrets.censor(msg)
         groups = {
             "done": [o for o in self.outcomes if o["outcome"] in ("applied", "proved")],
             "unconfirmed": [o for o in self.outcomes if o["outcome"] in ("unconfirmed", "unproven")],
