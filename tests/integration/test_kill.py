@@ -7,7 +7,6 @@ The state must be that of an undisturbed run, the case valid, and a release must
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -27,7 +26,8 @@ from tests import helpers
 from tests.contract.rotation_walk import LocalHost
 from tests.rows import Row
 
-SECONDS = 10.0  # for one control
+SECONDS = 8.0  # for one control
+RELEASE_SECONDS = 5.0
 FEWEST = 6
 KILLED = 9
 # The lowest place that a request to each service goes through.
@@ -78,18 +78,20 @@ class Points:
         return wrapped
 
 
-def run(control: Control, params: dict[str, Any], victim: int = 0) -> int | None:
-    """The control in a child that dies at this point; how many points it came by, or None where it was killed."""
+def run(control: str, work: Callable[[], Any], victim: int = 0) -> int | None:
+    """Work in a child that dies at this point; how many points it came by, or None where it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             points = Points(victim)
+            module = helpers.module_of(control)
             for place, name in ENTRIES:
                 points.around(place, name, always=True)
-            for place, name in REQUESTS[control.service]:
+            for place, name in REQUESTS[module.CONTROL.service]:
                 points.around(place, name, always=False)
-            helpers.execute(dataclasses.replace(control, apply=points.within(control.apply)), params, host=LocalHost())
+            module.CONTROL = dataclasses.replace(module.CONTROL, apply=points.within(module.CONTROL.apply))
+            work()
             os.write(writing, str(points.seen).encode())
         finally:
             os._exit(0)
@@ -108,7 +110,6 @@ class Round:
     def __init__(self, lab: Lab, control: str) -> None:
         self.lab = lab
         self.name = control
-        self.control: Control = helpers.module_of(control).CONTROL
         self.row: Row = helpers.row_of(control)
         self.row.prepare(lab)
         self.store = helpers.store_of(lab)
@@ -120,8 +121,16 @@ class Round:
     def look(self) -> dict[str, Any]:
         return self.row.observe(self.lab)
 
+    @property
+    def control(self) -> Control:
+        control: Control = helpers.module_of(self.name).CONTROL
+        return control
+
     def again(self) -> dict[str, Any]:
         return helpers.execute(self.control, self.params, host=LocalHost())
+
+    def release(self) -> dict[str, Any]:
+        return helpers.release(self.lab, self.store, self.name, self.params, self.incident)
 
     def case(self) -> Case:
         return open_case(self.params, Context(run_id="reader"))
@@ -142,9 +151,20 @@ class Round:
         return seen
 
     def releases(self, seen: dict[str, Any]) -> None:
-        released = helpers.release(self.lab, self.store, self.name, self.params, self.incident)
+        released = self.release()
         assert not released.get("failed"), released["msg"]
         assert self.look() == (self.before if self.row.reversible else seen)
+
+    def is_released(self) -> None:
+        """A release once more, and all that has to hold then."""
+        self.releases({})
+        last = self.release()
+        assert not last.get("failed") and not last["changed"], last
+        assert self.look() == self.before
+        stream = self.case().stream(self.row.host)
+        stream.load()
+        assert stream.live == []
+        assert verify(self.case())["valid"], verify(self.case())["first_bad"]
 
 
 def spread(points: int) -> list[int]:
@@ -163,30 +183,71 @@ def test_points_are_spread() -> None:
     assert spread(6) == [4, 2, 6, 1, 5, 3]
 
 
+class Attempts:
+    """As many points as there is time for; whatever fails says where, and leaves the servers as they were."""
+
+    def __init__(self, control: str, points: int | None, seconds: float, killing: str) -> None:
+        assert points and points >= FEWEST  # an entry before and one after, and a change
+        self.control, self.points, self.killing = control, points, killing
+        self.give_up = time.monotonic() + seconds
+        self.killed = 0
+
+    def each(self, attempt: Callable[[int], int | None]) -> None:
+        for number, point in enumerate(spread(self.points)):
+            if number >= FEWEST and time.monotonic() > self.give_up:
+                break
+            try:
+                # A run that waits less often than the first one may be over before this point.
+                self.killed += attempt(point) is None
+            except AssertionError as failure:
+                raise AssertionError(f"killed at point {point} of {self.points}: {failure}") from failure
+        assert self.killed >= FEWEST - 1
+
+    def tell(self, capsys: pytest.CaptureFixture[str]) -> None:
+        sampled = "" if self.killed == self.points else ", spread evenly"
+        with capsys.disabled():
+            print(f"\n{self.control}: {self.killing} killed at {self.killed} of {self.points} points{sampled}", end="")
+
+
 @pytest.mark.parametrize("control", helpers.controls())
 def test_killed_then_run_again(lab: Lab, control: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = Round(lab, control)
-    points = run(first.control, first.params)
-    assert points and points >= 6  # an entry before and an entry after, and a change
+    points = run(control, first.again)
     undisturbed = first.ends_as_undisturbed()
     first.releases(undisturbed)
-    give_up = time.monotonic() + SECONDS
-    killed = 0
-    for number, point in enumerate(spread(points)):
-        if number >= FEWEST and time.monotonic() > give_up:
-            break
-        attempt = Round(lab, control)
-        # A run that waits less often than the first one may be over before this point.
-        killed += run(attempt.control, attempt.params, point) is None
+
+    def attempt(point: int) -> int | None:
+        one = Round(lab, control)
         try:
-            seen = attempt.ends_as_undisturbed()
-            if attempt.row.reversible:
-                assert comparable(seen, attempt.incident) == comparable(undisturbed, first.incident)
-            attempt.releases(seen)
-        except AssertionError as failure:
-            with contextlib.suppress(Exception):
-                helpers.release(lab, attempt.store, control, attempt.params, attempt.incident)
-            raise AssertionError(f"killed at point {point} of {points}: {failure}") from failure
-    assert killed >= FEWEST - 1
-    with capsys.disabled():
-        print(f"\n{control}: killed at {killed} of {points} points{'' if killed == points else ', spread evenly'}", end="")
+            came_by = run(control, one.again, point)
+            seen = one.ends_as_undisturbed()
+            if one.row.reversible:
+                assert comparable(seen, one.incident) == comparable(undisturbed, first.incident)
+        finally:
+            released = one.release()
+        assert not released.get("failed"), released["msg"]
+        assert one.look() == (one.before if one.row.reversible else seen)
+        return came_by
+
+    attempts = Attempts(control, points, SECONDS, "run")
+    attempts.each(attempt)
+    attempts.tell(capsys)
+
+
+@pytest.mark.parametrize("control", [name for name in helpers.controls() if helpers.row_of(name).reversible])
+def test_release_killed_then_run_again(lab: Lab, control: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Round(lab, control)
+    first.again()
+    points = run(control, first.release)
+    first.is_released()
+
+    def attempt(point: int) -> int | None:
+        one = Round(lab, control)
+        assert one.again()["changed"]
+        came_by = run(control, one.release, point)
+        one.is_released()
+        return came_by
+
+    attempts = Attempts(control, points, RELEASE_SECONDS, "release")
+    attempts.each(attempt)
+    attempts.tell(capsys)
