@@ -154,13 +154,20 @@ class Stream:
         self.name = name
         self.folder = f"{case.id}/journal/{name}"
         self.head: Entry | None = None
+        self.newest = 0
+        self.locked = False
         self.claimed_at = 0.0
         self.spooled: list[dict[str, Any]] = []
 
     def load(self) -> None:
         """Find the newest entry: one LIST and one GET."""
+        self.find()
+        self.head = self.entry(self.newest) if self.newest else None
+
+    def find(self) -> None:
+        """Which entry is the newest: one LIST."""
         names = self.case.store.names(self.folder)
-        self.head = self.entry(int(names[-1].removesuffix(".json"))) if names else None
+        self.newest = int(names[-1].removesuffix(".json")) if names else 0
 
     def entry(self, seq: int) -> Entry:
         data = self.case.store.get(f"{self.folder}/{seq:08d}.json")
@@ -197,14 +204,27 @@ class Stream:
 
     @contextlib.contextmanager
     def writer(self, patience: float) -> Iterator[Stream]:
-        """Become the only writer. Waits for the one before, and says ``resumed`` where that one died."""
-        with self.case.store.exclusive(f"{self.case.id}/locks/{self.name}", patience) as locked:
-            self.reload(patience, locked)
-            merge_spool(self)
-            if self.head is not None and self.head.kind in ("intent", "resumed"):
-                with contextlib.suppress(Moved):
-                    self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
+        """Become the only writer, where a lock can do that, and find the newest entry. ``settle`` comes next."""
+        with self.case.store.exclusive(f"{self.case.id}/locks/{self.name}", patience) as self.locked:
+            self.find()
             yield self
+
+    def settle(self, patience: float) -> bool:
+        """Wait for the writer before, and say ``resumed`` where that one died.
+
+        True where there was none: then what was read of the service after ``find`` holds, for if anybody has written since,
+        our own next entry is refused.
+        """
+        self.head = self.entry(self.newest) if self.newest else None
+        ended = self.head is None or self.head.kind not in ("intent", "resumed", "closed")
+        if ended and self.name not in spooled(self.case):
+            return True
+        self.reload(patience, self.locked)
+        merge_spool(self)
+        if self.head is not None and self.head.kind in ("intent", "resumed"):
+            with contextlib.suppress(Moved):
+                self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
+        return False
 
     def reload(self, patience: float, locked: bool = False) -> None:
         """Load the head, and wait while another machine's writer may be at work."""
@@ -279,15 +299,14 @@ class Case:
         return {**doc, "body": json.loads(data)}
 
     def check_open(self, stream: Stream) -> None:
-        """Refuse an unknown incident and one under HALT; a stream with entries proves that the incident exists."""
+        """Refuse an unknown incident; a stream with entries proves that the incident exists."""
         if stream.head is None and self.store.get(f"{self.id}/journal/{RUN}/00000001.json") is None:
             raise Refused(
                 f"incident_id: {self.id} is not in this case store; check firebreak_incident_id and case_store"
             )
-        self.check_halt()
 
     def check_halt(self) -> None:
-        if self.store.get("HALT") is not None or self.store.get(f"{self.id}/HALT") is not None:
+        if self.store.get("HALT") is not None:
             raise Refused("HALT stands in the case store: every run but release stops", guard="halt")
 
     def record(self, stream_name: str, kind: str, body: dict[str, Any]) -> Entry:

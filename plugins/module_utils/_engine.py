@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from . import _case, _guards
@@ -20,6 +21,7 @@ from ._control import Context, Control
 from ._errors import FirebreakError, Refused, StoreUnavailable, Unproven
 from ._evidence import Evidence
 from ._plan import Change, Facts, Plan, at
+from ._store import attempt
 
 PATIENCE = {"SEV-1": 120.0}
 PATIENCE_ELSE = 900.0
@@ -175,9 +177,9 @@ def client_of(task: Task) -> Any:
         client.close()
 
 
-def decide(task: Task, client: Any) -> Plan:
+def decide(task: Task, client: Any, read: Callable[[], Facts] | None = None) -> Plan:
     """Read and plan, and hold the plan to what every plan must be."""
-    facts = task.control.read(client, task.params)
+    facts = read() if read is not None else task.control.read(client, task.params)
     if task.context.check_mode:
         facts = {**facts, **(task.params.get("assumed") or {})}
     plan = task.control.plan(task.params, facts)
@@ -275,10 +277,11 @@ class Journal:
         self.lost = False
         self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
         try:
-            stack.enter_context(self.stream.writer(task.seconds + task.control.settle))
-            if not releasing:
-                task.case.check_open(self.stream)
+            stack.enter_context(self.stream.writer(self._patience))
         except StoreUnavailable:
+        self._case = task.case
+        self._patience = task.seconds + task.control.settle
+        self._halt = None if releasing else self._case.store.beside(self._case.check_halt)
             self.lost = True
 
     def write(self, kind: str, body: dict[str, Any]) -> int | str:
@@ -286,6 +289,25 @@ class Journal:
         if not self.lost:
             try:
                 return self.stream.append(kind, body).seq
+    def settling(self) -> Callable[[], bool]:
+        """Begin to ``settle``; what is returned waits for it."""
+        return self._case.store.beside(self.settle)
+
+    def settle(self) -> bool:
+        """Nobody else is at work, the incident is there and under no HALT. False where somebody was at work until now."""
+        quiet = True
+        try:
+            if not self.lost:
+                quiet = self.stream.settle(self._patience)
+                if self._halt is not None:
+                    self._case.check_open(self.stream)
+                    self._halt()
+                    if not quiet:
+                        self._case.check_halt()
+        except StoreUnavailable:
+            self.lost = True
+        return quiet
+
             except StoreUnavailable:
                 self.lost = True
         _case.spool(self.stream, kind, body)
@@ -319,8 +341,9 @@ class Action:
             journal = Journal(task, stack, releasing=self.releases is not None)
             for _attempt in range(20):
                 try:
-                    plan = decide(task, self.client)
+                    plan = decide(task, self.client, read)
                     overridden = guard(task, plan, journal)
+            read = self._read_beside(journal)
                     self._needs_store(journal, plan)
                     if not plan.changes:
                         return self._nothing_to_do(journal, plan)
@@ -332,6 +355,7 @@ class Action:
                 except Refused as refusal:
                     if not journal.lost:
                         with contextlib.suppress(Moved, StoreUnavailable):
+                    read = None
                             body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
                             journal.stream.append("refused", body)
                     raise
@@ -345,6 +369,12 @@ class Action:
         if journal.lost and _guards.irreversible(plan) and "store" not in self.task.glass:
             raise Refused(
                 f"case_store: it cannot be reached, and {self.task.control.name} cannot be undone; "
+    def _read_beside(self, journal: Journal) -> Callable[[], Facts] | None:
+        """Read while the journal settles: after the newest entry was listed, so that an entry of anybody else's refuses ours."""
+        settled = journal.settling()
+        seen = attempt(lambda: self.task.control.read(self.client, self.task.params))
+        return seen if settled() else None
+
                 "repair the store, or give break glass for store",
                 guard="store",
             )

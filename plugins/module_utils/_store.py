@@ -10,14 +10,16 @@ Both stores offer the same few calls. A key is a path with slashes, without a le
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
 import os
 import pathlib
 import tempfile
+import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeAlias
 
 from . import _aws
@@ -25,6 +27,16 @@ from ._control import Context
 from ._errors import Busy, Refused, StoreUnavailable
 
 BLOCK = 1 << 20
+
+
+def attempt(call: Callable[[], Any], future: concurrent.futures.Future[Any] | None = None) -> Callable[[], Any]:
+    """Do it now; what it returned or raised is handed out when asked for."""
+    future = future or concurrent.futures.Future()
+    try:
+        future.set_result(call())
+    except Exception as failure:
+        future.set_exception(failure)
+    return future.result
 
 
 class FileStore:
@@ -39,6 +51,10 @@ class FileStore:
 
     def now(self) -> float:
         return self._context.clock()
+
+    def beside(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """A disk answers at once: it is asked when the answer is wanted."""
+        return call
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below ``prefix``, sorted."""
@@ -195,6 +211,12 @@ class S3Store:
     def now(self) -> float:
         """The store's time, as its last answer told it; one clock for all machines, to the second."""
         return self._context.clock() + self._offset
+
+    def beside(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Ask now and wait later. A daemon thread, so that a store that hangs keeps no worker from ending."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        threading.Thread(target=attempt, args=(call, future), daemon=True).start()
+        return future.result
 
     def names(self, prefix: str) -> list[str]:
         below = self._folder(prefix)

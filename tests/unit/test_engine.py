@@ -10,6 +10,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -510,3 +511,102 @@ def test_severity_has_three_names() -> None:
     assert [_incident.severity_of(name, "ddos") for name in (None, "P0", "PAGE", "SEV-1")] == ["SEV-1"] * 4
     with pytest.raises(Refused):
         _incident.severity_of("SEV-9", "ddos")
+
+
+@pytest.fixture(params=["one after another", "side by side"])
+def lockless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service is read while the journal is opened. This store has no locks, as S3 has none."""
+    monkeypatch.setattr(_store.FileStore, "exclusive", _store.S3Store.exclusive)
+    if request.param == "side by side":
+        monkeypatch.setattr(_store.FileStore, "beside", _store.S3Store.beside)
+
+
+def reading(after: Callable[[int], Any]) -> Any:
+    """The control, with something that happens right after each time that it reads."""
+    count = 0
+
+    def told(client: Register, params: dict[str, Any]) -> dict[str, Any]:
+        nonlocal count
+        facts = read(client, params)
+        count += 1
+        after(count)
+        return facts
+
+    return dataclasses.replace(CONTROL, read=told)
+
+
+def run(control: Any, options: dict[str, Any], run_id: str = "ours") -> dict[str, Any]:
+    return _engine.execute(control, options, Context(run_id=run_id, actor="tester"))
+
+
+def intents(options: dict[str, Any]) -> list[dict[str, Any]]:
+    stream = case_of(options).stream("r1")
+    return [stream.entry(number).body for number, kind in enumerate(kinds(options), 1) if kind == "intent"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_somebody_else_writes_between_our_reading_and_our_intent(ready: dict[str, Any]) -> None:
+    def other(count: int) -> None:
+        if count == 1:
+            assert go(ready, value="theirs")["changed"]
+
+    assert run(reading(other), ready)["changed"]
+    theirs, ours = intents(ready)
+    assert {change["before"] for change in theirs["changes"]} == {None}
+    assert {change["before"] for change in ours["changes"]} == {"theirs"}
+    assert kinds(ready) == ["intent", "done", "intent", "done"] and _verify.verify(case_of(ready))["valid"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_the_last_writer_is_still_at_work_while_we_read(ready: dict[str, Any]) -> None:
+    """Its parent was killed; it writes until its claim ends, and what it wrote is in our before-image."""
+    stream = case_of(ready).stream("r1")
+    stream.append("intent", {"control": "register", "what": "else", "changes": [], "at": 0, "until": time.time() + 0.5})
+
+    def late() -> None:
+        time.sleep(0.3)
+        SERVICE.put("a", "late")
+
+    writer = threading.Thread(target=late)
+    writer.start()
+    assert run(reading(lambda _count: None), ready)["changed"]
+    writer.join()
+    ours = intents(ready)[-1]
+    assert [change["before"] for change in ours["changes"]] == ["late", None, None]
+    assert kinds(ready) == ["intent", "resumed", "intent", "done"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_a_halt_and_an_unknown_incident_are_told_though_the_service_is_down(ready: dict[str, Any]) -> None:
+    def down(_count: int) -> None:
+        raise RuntimeError
+
+    assert "is not in this case store" in run(reading(down), {**ready, "incident_id": "INC-2020-0101-001"})["msg"]
+    case_of(ready).store.create("HALT", b"")
+    assert "HALT" in run(reading(down), ready)["msg"]
+    assert kinds(ready) == []
+
+
+@pytest.mark.usefixtures("lockless")
+def test_a_quiet_stream_is_read_once_and_listed_once(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    go(ready)
+    asked: list[str] = []
+    for name in ("names", "get", "create"):
+        real = getattr(_store.FileStore, name)
+        monkeypatch.setattr(
+            _store.FileStore,
+            name,
+            lambda store, key, *more, name=name, real=real: (
+                asked.append(f"{name} {key.rsplit('/')[-1]}") or real(store, key, *more)
+            ),
+        )
+    seen: list[int] = []
+    assert run(reading(seen.append), {**ready, "value": "y"})["changed"]
+    assert sorted(asked) == [
+        "create 00000003.json",
+        "create 00000004.json",
+        "get 00000002.json",
+        "get HALT",
+        "names r1",
+    ]
+    assert len(seen) == 2, "before, and to verify"
