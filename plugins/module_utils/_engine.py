@@ -276,19 +276,14 @@ class Journal:
         self.task = task
         self.lost = False
         self.stream: Stream = task.case.stream(task.host, getattr(task.control, "evidence", False))
-        try:
-            stack.enter_context(self.stream.writer(self._patience))
-        except StoreUnavailable:
         self._case = task.case
         self._patience = task.seconds + task.control.settle
         self._halt = None if releasing else self._case.store.beside(self._case.check_halt)
+        try:
+            stack.enter_context(self.stream.writer(self._patience))
+        except StoreUnavailable:
             self.lost = True
 
-    def write(self, kind: str, body: dict[str, Any]) -> int | str:
-        """Returns the entry's number: in the stream, or (a text) in the spool."""
-        if not self.lost:
-            try:
-                return self.stream.append(kind, body).seq
     def settling(self) -> Callable[[], bool]:
         """Begin to ``settle``; what is returned waits for it."""
         return self._case.store.beside(self.settle)
@@ -308,6 +303,11 @@ class Journal:
             self.lost = True
         return quiet
 
+    def write(self, kind: str, body: dict[str, Any]) -> int | str:
+        """Returns the entry's number: in the stream, or (a text) in the spool."""
+        if not self.lost:
+            try:
+                return self.stream.append(kind, body).seq
             except StoreUnavailable:
                 self.lost = True
         _case.spool(self.stream, kind, body)
@@ -339,11 +339,11 @@ class Action:
         task = self.task
         with contextlib.ExitStack() as stack:
             journal = Journal(task, stack, releasing=self.releases is not None)
+            read = self._read_beside(journal)
             for _attempt in range(20):
                 try:
                     plan = decide(task, self.client, read)
                     overridden = guard(task, plan, journal)
-            read = self._read_beside(journal)
                     self._needs_store(journal, plan)
                     if not plan.changes:
                         return self._nothing_to_do(journal, plan)
@@ -351,11 +351,11 @@ class Action:
                     break
                 except Moved:
                     # Another machine was faster. What it did is read, and planned, again.
+                    read = None
                     journal.stream.reload(task.seconds)
                 except Refused as refusal:
                     if not journal.lost:
                         with contextlib.suppress(Moved, StoreUnavailable):
-                    read = None
                             body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
                             journal.stream.append("refused", body)
                     raise
@@ -365,16 +365,16 @@ class Action:
                 )
             return self._carry_out(journal, plan, of)
 
-    def _needs_store(self, journal: Journal, plan: Plan) -> None:
-        if journal.lost and _guards.irreversible(plan) and "store" not in self.task.glass:
-            raise Refused(
-                f"case_store: it cannot be reached, and {self.task.control.name} cannot be undone; "
     def _read_beside(self, journal: Journal) -> Callable[[], Facts] | None:
         """Read while the journal settles: after the newest entry was listed, so that an entry of anybody else's refuses ours."""
         settled = journal.settling()
         seen = attempt(lambda: self.task.control.read(self.client, self.task.params))
         return seen if settled() else None
 
+    def _needs_store(self, journal: Journal, plan: Plan) -> None:
+        if journal.lost and _guards.irreversible(plan) and "store" not in self.task.glass:
+            raise Refused(
+                f"case_store: it cannot be reached, and {self.task.control.name} cannot be undone; "
                 "repair the store, or give break glass for store",
                 guard="store",
             )
