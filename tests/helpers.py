@@ -106,7 +106,9 @@ def connection_options(control: str, params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name in service}
 
 
-def release(lab: Any, store: str, control: str, params: dict[str, Any], incident_id: str, **more: Any) -> dict[str, Any]:
+def release(
+    lab: Any, store: str, control: str, params: dict[str, Any], incident_id: str, **more: Any
+) -> dict[str, Any]:
     """Undo what an incident's controls changed on the row's host."""
     host = row_of(control).host
     options = {**surroundings(lab, store, host, incident_id), **connection_options(control, params), "host": host}

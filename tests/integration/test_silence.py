@@ -163,7 +163,9 @@ def test_a_leaking_control_is_caught(lab: Lab, leak: str, tmp_path: Path) -> Non
 def test_the_search_knows_every_spelling(secret: str) -> None:
     texts = [f"x{secret}y", json.dumps({"a": secret}), json.dumps(json.dumps([secret])), repr([secret])]
     texts += [urllib.parse.quote(secret), urllib.parse.urlencode({"a": secret}), f"{{'a': {secret!r}}}"]
-    encoded = [base64.b64encode(b"-" * before + secret.encode() + b"-" * after) for before in range(4) for after in range(3)]
+    encoded = [
+        base64.b64encode(b"-" * before + secret.encode() + b"-" * after) for before in range(4) for after in range(3)
+    ]
     encoded += [base64.urlsafe_b64encode(b"-" * before + secret.encode()) for before in range(4)]
     for data in [*(text.encode() for text in texts), *encoded]:
         search = Search([secret])
