@@ -367,23 +367,31 @@ def spool_folder(case: Case, stream: str) -> str:
     return os.path.join(base, store, case.id, stream)
 
 
-def spool(stream: Stream, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Keep an entry on this machine's disk, durably, until the store is back."""
+def spool(stream: Stream, kind: str, body: dict[str, Any]) -> int:
+    """Keep an entry on this machine's disk, durably, until the store is back. Returns its number there."""
     folder = spool_folder(stream.case, stream.name)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if stream.case.context.secrets.found_in(body):
         raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
     entry = {"kind": kind, "body": body, "time": stamp(stream.case.context.clock()), "run": stream.case.context.run_id}
-    number = max((int(name[:8]) + 1 for name in os.listdir(folder)), default=0)
-    with open(os.path.join(folder, f"{number:08d}.json"), "xb", opener=_private) as file:
+    number = max((int(name[:8]) + 1 for name in _kept(folder)), default=0)
+    unfinished = os.path.join(folder, f".{number:08d}-{secrets.token_hex(4)}")
+    with open(unfinished, "xb", opener=_private) as file:
         file.write(canonical(entry))
         file.flush()
         os.fsync(file.fileno())
+    os.link(unfinished, os.path.join(folder, f"{number:08d}.json"))
+    os.unlink(unfinished)
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
     stream.spooled.append(entry)
-    return entry
+    return number
+
+
+def _kept(folder: str) -> list[str]:
+    """The finished entries of a stream's spool, in their order."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def _private(name: str, flags: int) -> int:
@@ -395,7 +403,28 @@ def spooled(case: Case) -> list[str]:
     root = os.path.dirname(spool_folder(case, "x"))
     if not os.path.isdir(root):
         return []
-    return sorted(name for name in os.listdir(root) if os.listdir(os.path.join(root, name)))
+    return sorted(name for name in os.listdir(root) if _kept(os.path.join(root, name)))
+
+
+def spooled_entries(case: Case) -> dict[str, list[dict[str, Any]]]:
+    """What is on this machine only, by stream, in its order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stream in spooled(case):
+        folder = spool_folder(case, stream)
+        for name in _kept(folder):
+            with open(os.path.join(folder, name), "rb") as file:
+                found.setdefault(stream, []).append(json.loads(file.read()))
+    return found
+
+
+def merge_spools(case: Case) -> None:
+    """Bring everything that is on this machine only into the case. What cannot go now goes with the stream's next writer."""
+    for name in spooled(case):
+        stream = Stream(case, name)
+        with contextlib.suppress(Moved, Busy, StoreUnavailable):
+            with case.store.exclusive(f"{case.id}/locks/{name}", 1):
+                stream.load()
+                merge_spool(stream)
 
 
 def merge_spool(stream: Stream) -> int:
@@ -404,7 +433,7 @@ def merge_spool(stream: Stream) -> int:
     if not os.path.isdir(folder):
         return 0
     moved: dict[int, int] = {}
-    names = sorted(os.listdir(folder))
+    names = _kept(folder)
     for name in names:
         with open(os.path.join(folder, name), "rb") as file:
             entry = json.loads(file.read())

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 from typing import Any
 
-from ._case import RUN, Case, Entry, encode_host, spooled
+from ._case import RUN, Case, Entry, encode_host, spool_folder, spooled, spooled_entries
 from ._incident import PHASES, TARGETS, entries_of, state_of
 from ._verify import turn_of
 
@@ -179,6 +180,28 @@ SECTIONS = (
     ("guards that were overridden", "overrides", "{control}: {guard}, {reason}"),
     ("NOT CONTAINED, still open", "open", "{control} {state}: {why}"),
 )
+
+
+def lost_screen(case: Case, why: str) -> list[str]:
+    """The last screen while the case store cannot be reached: what this machine alone knows."""
+    lines = ["", f"{case.id}  NOT SAFE: {why}", ""]
+    for stream, entries in spooled_entries(case).items():
+        for entry in entries:
+            body = entry["body"]
+            if entry["kind"] == "intent":
+                lines += [f"  {stream:<8} {change['action']} {change['target']}" for change in body["changes"]]
+            elif entry["kind"] in ("done", "failed"):
+                lines.append(
+                    f"  {stream:<8} {entry['kind']}: {body.get('outcome') or body.get('role')} {body.get('why', '')}".rstrip()
+                )
+    folder = os.path.dirname(spool_folder(case, RUN))
+    return [
+        *lines,
+        "",
+        f"These entries are on this machine only, in {folder}.",
+        "Nothing is known of the rest. Repair the store and run the same command again: it brings them into the case.",
+        "",
+    ]
 
 
 def screen(seen: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ DEFAULT_VERSIONS = 10  # where neither secret nor mount says how many are kept
 NO_VAULT = "what answered {} does not speak as Vault does: see vault_url"
 _HINTS = {
     400: "it does not accept the request",
-    403: "the token is not valid any more, or its policies do not allow this",
+    403: "vault_token is not valid any more, or its policies do not allow this",
     404: "there is nothing at this place",
     429: "it limits requests",
     503: "it is sealed or has no leader",

@@ -151,6 +151,7 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
     state = _incident.continued(case, params)
     began = False
     if not context.check_mode:
+        _case.merge_spools(case)
         began = _incident.begin_round(case, state, params["round"])
         state = _incident.view(case)
     shown = {

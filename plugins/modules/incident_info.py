@@ -99,7 +99,7 @@ from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _status
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Info
-from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
+from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError, StoreUnavailable
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
 SPEC: dict[str, Any] = {
@@ -112,7 +112,11 @@ SPEC: dict[str, Any] = {
 
 
 def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
-    seen = _status.status(client, params["round"], params["hosts"])
+    try:
+        seen = _status.status(client, params["round"], params["hosts"])
+    except StoreUnavailable as failure:
+        shown = {"screen": _status.lost_screen(client, failure.msg) if params["show"] else []}
+        raise FirebreakError(f"{client.id} is not safe: {failure.msg}", effect="none", **shown) from None
     if params["show"]:
         seen["screen"] = _status.screen(seen)
     if params["require_contained"] and (seen["open"] or seen["spooled"]):
