@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import redis
 from psycopg import sql
 
 from lab.parts.services import request
+from lab.thief import ADDRESS
 
 ROTATED = ("JWT_SECRET", "WEBHOOK_SECRET")
 SESSION = "session:refresh:"
@@ -205,3 +207,53 @@ def application_files(lab: Any) -> dict[str, Any]:
             owner = [facts.st_uid, facts.st_gid]
             found[path.name] = {"text": path.read_text(), "mode": stat.filemode(facts.st_mode), "owner": owner}
     return found
+
+
+# --- whether a system is contained, as it says itself
+
+
+def fenced(lab: Any) -> bool:
+    """Nobody writes, and the stolen role does not get in."""
+    with session(lab) as database:
+        fence = database.execute("SELECT current_setting('default_transaction_read_only')").fetchone()
+        role = database.execute("SELECT rolcanlogin FROM pg_roles WHERE rolname = 'reporting'").fetchone()
+    return fence == ("on",) and role == (False,)
+
+
+def signed_out(lab: Any) -> bool:
+    return not any(key.startswith(tuple(f"{SESSION}{user}:" for user in (11, 12, 13))) for key in keys(lab))
+
+
+def shielded(lab: Any) -> bool:
+    return request("GET", lab.app_url + "/health", source=ADDRESS)[0] == 403
+
+
+def rotated(lab: Any) -> bool:
+    """The stolen values are not the current ones any more."""
+    data = ask_vault(lab, "GET", "secret/data/app/backend")["data"]["data"]
+    stolen = {lab.stolen["jwt_secret"], lab.stolen["webhook_secret"]}
+    return not stolen & {data[name] for name in ROTATED}
+
+
+def retired(lab: Any) -> bool:
+    """The stolen values are destroyed."""
+    versions = ask_vault(lab, "GET", "secret/metadata/app/backend")["data"]["versions"]
+    return rotated(lab) and versions["1"]["destroyed"]
+
+
+def delivered(lab: Any) -> bool:
+    text = (lab.dir / "app" / "app.env").read_text()
+    return lab.stolen["jwt_secret"] not in text and lab.stolen["webhook_secret"] not in text
+
+
+CONTAINED: dict[str, Callable[[Any], bool]] = {
+    "pg1": fenced,
+    "cache1": signed_out,
+    "cf": shielded,
+    "vault": retired,
+    "app": delivered,
+}
+
+
+def contained(lab: Any) -> set[str]:
+    return {host for host, holds in CONTAINED.items() if holds(lab)}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -15,15 +16,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lab import ROOT
+from lab.client import Lab
+from tests.conftest import end_lab, start_lab
 
 PROGRAM = Path(sys.executable).parent / "ansible-playbook"
 PATIENCE = 180
 NOTHING = "INC-0000-0000-000"
 CONTROLS = "firebreak.incident."
+
+
+@contextlib.contextmanager
+def lab_in(folder: Path, *options: str) -> Iterator[Lab]:
+    """A lab of one test's own."""
+    process = start_lab(folder, *options)
+    try:
+        yield Lab(folder)
+    finally:
+        end_lab(process)
 
 
 @dataclasses.dataclass
@@ -64,6 +78,14 @@ class Run:
     def screen(self) -> str:
         """The closing screen."""
         return self.output.rsplit("PLAY [Data breach | Show what was done", 1)[-1]
+
+    @property
+    def open(self) -> set[str]:
+        """The hosts that the closing screen names as not contained."""
+        if "NOT CONTAINED" not in self.screen:
+            return set()
+        part = self.screen.split("NOT CONTAINED", 1)[1].split("\n\n", 1)[0]
+        return {line.split()[0] for line in part.splitlines()[1:] if line.startswith("  ")}
 
     @property
     def expect(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 from ansible.plugins.callback import CallbackBase
@@ -29,8 +30,14 @@ class CallbackModule(CallbackBase):
         content = result._result
         if "results" in content and event in ("ok", "failed"):  # each of a loop's items was kept
             return
-        line = {"event": event, "host": result._host.get_name(), "action": result._task.action, "task": result._task.get_name(),
-                "result": content}  # fmt: skip
+        line = {
+            "at": round(time.time(), 2),
+            "event": event,
+            "host": result._host.get_name(),
+            "action": result._task.action,
+            "task": result._task.get_name(),
+            "result": content,
+        }
         with open(os.environ["TEST_RECORD"], "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 

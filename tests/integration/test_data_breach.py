@@ -17,17 +17,7 @@ import pytest
 
 from lab.client import Lab
 from tests import dumps, helpers
-from tests.conftest import end_lab, start_lab
-from tests.runs import NOTHING, Run, entries, extra, glass, incidents, neutral, run
-
-
-def fresh_lab(folder: Path, *options: str) -> Iterator[Lab]:
-    process = start_lab(folder / "lab", *options)
-    try:
-        yield Lab(folder / "lab")
-    finally:
-        end_lab(process)
-
+from tests.runs import NOTHING, Run, entries, extra, glass, incidents, lab_in, neutral, run
 
 # --- with thief and users at work
 
@@ -44,7 +34,7 @@ class Breach:
 @pytest.fixture(scope="module")
 def breach(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breach]:
     """The thief steals, users work, and a person runs the playbook."""
-    for lab in fresh_lab(tmp_path_factory.mktemp("breach"), "--thief"):
+    with lab_in(tmp_path_factory.mktemp("breach") / "lab", "--thief") as lab:
         lab.until(lambda: every_door_is_used(lab), "not every door is open")
         lab.mark("start")
         done = run(lab, "data_breach")
@@ -90,7 +80,7 @@ def test_the_exports_are_whole(breach: Breach) -> None:
         assert manifest["bytes"] == len(content)
         lines = list(csv.reader(content.decode().splitlines(keepends=True)))
         assert len(lines) - 1 == manifest["rows"] == expected > 0
-        columns = [name for name, in _columns(breach.lab, table)]
+        columns = [name for (name,) in _columns(breach.lab, table)]
         assert lines[0] == columns
 
 
@@ -163,7 +153,7 @@ STAGES = ("check", "real", "again", "check again", "release check", "release", "
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    for lab in fresh_lab(tmp_path_factory.mktemp("story")):
+    with lab_in(tmp_path_factory.mktemp("story") / "lab") as lab:
         told = Story(lab, {}, {}, {}, {})
         _keep(told, "before")
         for stage in STAGES:
@@ -210,9 +200,18 @@ def test_a_dry_run_tells_what_the_real_run_does(story: Story) -> None:
 def test_the_run_reports_what_it_did(story: Story) -> None:
     seen = story.runs["real"].of("incident_info")[-1]
     done = sorted({(one["action"], neutral(one["target"])) for one in seen["done"]})
-    assert done == sorted({change for changes in story.runs["check"].changes(planned=True).values() for change in changes})
+    assert done == sorted(
+        {change for changes in story.runs["check"].changes(planned=True).values() for change in changes}
+    )
     assert seen["open"] == [] and seen["spooled"] == []
-    assert [phase["name"] for phase in seen["phases"]] == ["identify", "fence", "preserve", "contain", "verify", "communicate"]
+    assert [phase["name"] for phase in seen["phases"]] == [
+        "identify",
+        "fence",
+        "preserve",
+        "contain",
+        "verify",
+        "communicate",
+    ]
 
 
 def test_a_second_run_changes_nothing(story: Story) -> None:
