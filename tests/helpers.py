@@ -46,6 +46,12 @@ def row_of(control: str) -> Row:
     return row
 
 
+def rows_of(control: str) -> list[Row]:
+    """All rows of a control, the usual one first."""
+    known = [value for value in vars(table_of(control)).values() if isinstance(value, type) and issubclass(value, Row)]
+    return [row() for row in known if row.__module__ == table_of(control).__name__]
+
+
 def documented(control: str, block: str = "RETURN") -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(getattr(module_of(control), block))
     return loaded

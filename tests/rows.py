@@ -33,6 +33,9 @@ class Row:
     def prepare(self, lab: Any) -> None:
         """Bring the servers into the state before."""
 
+    def begin(self, lab: Any, execute: Any) -> None:
+        """Carry out what goes before in the same incident: ``execute(host, control, options)`` does so."""
+
     def observe(self, lab: Any) -> dict[str, Any]:
         raise NotImplementedError
 

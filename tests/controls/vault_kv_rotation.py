@@ -166,3 +166,27 @@ class Lab(Row):
     def secrets(self, lab: Any) -> list[str]:
         values = ask(lab, "GET", "secret/data/app/backend")["data"]["data"].values()
         return [*values, lab.env["VAULT_TOKEN"]]
+
+
+class Retired(Lab):
+    """The last state: the consumer has the new values, the old ones are proved refused and destroyed."""
+
+    def params(self, lab: Any) -> dict[str, Any]:
+        proof = [
+            {"field": "JWT_SECRET", "kind": "jwt", "url": f"{lab.app_direct_url}/api/me", "claims": {"sub": "1"}},
+            {"field": "WEBHOOK_SECRET", "kind": "webhook", "url": f"{lab.app_direct_url}/hooks/payment"},
+        ]
+        return {**super().params(lab), "state": "retired", "proof": proof}
+
+    def begin(self, lab: Any, execute: Any) -> None:
+        execute(self.host, self.control, super().params(lab))
+        delivered = lab.hostvars("app")["firebreak_secrets_delivered"][0]
+        names = ("path", "fields", "env_file", "reload", "proof_url")
+        own = {name: delivered[name] for name in names}
+        execute("app", "secret_delivery", {**own, **connection(lab, "app")})
+
+    def contained(self, lab: Any, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        assert {**seen, "destroyed": 0} == {**before, "destroyed": 0}
+        current = str(seen["version"])
+        assert seen["destroyed"] == {number: number != current for number in before["destroyed"]}
+        assert not before["destroyed"][current]

@@ -152,7 +152,7 @@ def test_the_module_says_and_does_what_the_action_does(lab: Lab, control: str, t
         trial.task("module", **MODULE),
         trial.task("module again", **MODULE),
         trial.task("action again"),
-        trial.release("release"),
+        trial.release("release with the module", **MODULE),
     )
     with trial.play(*steps) as play:
         incident_id = succeeded(play.next("open"))["incident_id"]
@@ -176,7 +176,7 @@ def test_the_module_says_and_does_what_the_action_does(lab: Lab, control: str, t
         assert documented(trial, action) == documented(trial, again)
         assert trial.look() == seen
 
-        released = succeeded(play.next("release"))
+        released = succeeded(play.next("release with the module"))
         assert released["changed"] == trial.row.reversible
         assert trial.look() == (before if trial.row.reversible else seen)
 

@@ -40,6 +40,13 @@ REQUESTS: dict[Any, list[tuple[Any, str]]] = {
 ENTRIES = [(_store.FileStore, "create"), (_store.FileStore, "put_file")]
 
 
+ROWS = [row for control in helpers.controls() for row in helpers.rows_of(control)]
+
+
+def name_of(row: Row) -> str:
+    return row.control if type(row).__name__ == "Lab" else f"{row.control} {type(row).__name__.lower()}"
+
+
 class Points:
     """Counts the places where a run can be killed, and dies at one of them."""
 
@@ -107,16 +114,24 @@ def run(control: str, work: Callable[[], Any], victim: int = 0) -> int | None:
 class Round:
     """One incident of its own, from the state before to the release."""
 
-    def __init__(self, lab: Lab, control: str) -> None:
+    def __init__(self, lab: Lab, row: Row) -> None:
         self.lab = lab
-        self.name = control
-        self.row: Row = helpers.row_of(control)
+        self.name = row.control
+        self.row = row
         self.row.prepare(lab)
         self.store = helpers.store_of(lab)
         self.incident = helpers.open_incident(lab, self.store, self.row.host)
         around = helpers.surroundings(lab, self.store, self.row.host, self.incident)
         self.params = {**self.row.params(lab), **around, "host": self.row.host}
+        self.row.begin(lab, self.before_it)
         self.before = self.look()
+
+    def before_it(self, host: str, control: str, options: dict[str, Any]) -> None:
+        around = helpers.surroundings(self.lab, self.store, host, self.incident)
+        result = helpers.execute(
+            helpers.module_of(control).CONTROL, {**options, **around, "host": host}, host=LocalHost()
+        )
+        assert result.get("changed"), result
 
     def look(self) -> dict[str, Any]:
         return self.row.observe(self.lab)
@@ -209,17 +224,17 @@ class Attempts:
             print(f"\n{self.control}: {self.killing} killed at {self.killed} of {self.points} points{sampled}", end="")
 
 
-@pytest.mark.parametrize("control", helpers.controls())
-def test_killed_then_run_again(lab: Lab, control: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first = Round(lab, control)
-    points = run(control, first.again)
+@pytest.mark.parametrize("row", [pytest.param(row, id=name_of(row)) for row in ROWS])
+def test_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Round(lab, row)
+    points = run(row.control, first.again)
     undisturbed = first.ends_as_undisturbed()
     first.releases(undisturbed)
 
     def attempt(point: int) -> int | None:
-        one = Round(lab, control)
+        one = Round(lab, row)
         try:
-            came_by = run(control, one.again, point)
+            came_by = run(row.control, one.again, point)
             seen = one.ends_as_undisturbed()
             if one.row.reversible:
                 assert comparable(seen, one.incident) == comparable(undisturbed, first.incident)
@@ -229,25 +244,25 @@ def test_killed_then_run_again(lab: Lab, control: str, capsys: pytest.CaptureFix
         assert one.look() == (one.before if one.row.reversible else seen)
         return came_by
 
-    attempts = Attempts(control, points, SECONDS, "run")
+    attempts = Attempts(name_of(row), points, SECONDS, "run")
     attempts.each(attempt)
     attempts.tell(capsys)
 
 
-@pytest.mark.parametrize("control", [name for name in helpers.controls() if helpers.row_of(name).reversible])
-def test_release_killed_then_run_again(lab: Lab, control: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first = Round(lab, control)
+@pytest.mark.parametrize("row", [pytest.param(row, id=name_of(row)) for row in ROWS if row.reversible])
+def test_release_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Round(lab, row)
     first.again()
-    points = run(control, first.release)
+    points = run(row.control, first.release)
     first.is_released()
 
     def attempt(point: int) -> int | None:
-        one = Round(lab, control)
+        one = Round(lab, row)
         assert one.again()["changed"]
-        came_by = run(control, one.release, point)
+        came_by = run(row.control, one.release, point)
         one.is_released()
         return came_by
 
-    attempts = Attempts(control, points, RELEASE_SECONDS, "release")
+    attempts = Attempts(name_of(row), points, RELEASE_SECONDS, "release")
     attempts.each(attempt)
     attempts.tell(capsys)
