@@ -20,6 +20,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import (
     _engine,
     _incident,
     _release,
+    _status,
     _store,
     _verify,
 )
@@ -408,6 +409,27 @@ def test_the_store_is_lost_in_the_middle_and_comes_back(
     assert not go(ready)["changed"]
     assert kinds(ready) == ["intent", "done"]
     assert _verify.verify(case_of(ready))["valid"]
+    undo(ready, monkeypatch)
+    assert SERVICE.values() == {}
+
+
+def test_what_several_tasks_kept_while_the_store_was_lost_stays_together(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_args: Any, **_kwargs: Any) -> Any:
+        raise StoreUnavailable("case_store: gone")
+
+    with monkeypatch.context() as patch:
+        for name in ("names", "get", "create"):
+            patch.setattr(_store.FileStore, name, gone)
+        assert go(ready)["changed"] and go(ready, names=["d"])["changed"]
+    assert len(_case.spooled_entries(case_of(ready))["r1"]) == 4
+    _case.merge_spools(case_of(ready))
+    assert _case.spooled(case_of(ready)) == []
+    entries = [entry.body for entry in _incident.entries_of(case_of(ready), "r1")]
+    assert [(body.get("of"), len(body.get("outcomes") or body.get("changes"))) for body in entries] == [
+        (None, 3), (1, 3), (None, 1), (3, 1)]  # fmt: skip
+    assert _status.status(case_of(ready), 1)["open"] == []
     undo(ready, monkeypatch)
     assert SERVICE.values() == {}
 
