@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -20,6 +21,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
+@functools.cache  # what is there stays there, and looking its version up costs as much as a request
 def require(name: str, distribution: str, minimum: str) -> ModuleType:
     """Import ``name``; the error names ``distribution``, the version that is needed and the one that was found."""
     try:
