@@ -172,8 +172,18 @@ class Stream:
     def entry(self, seq: int) -> Entry:
         data = self.case.store.get(f"{self.folder}/{seq:08d}.json")
         if data is None:
-            raise FirebreakError(f"the case's entry {self.name}/{seq} is missing; run verify_case", effect="none")
-        return Entry(self.case.inflate(json.loads(data)))
+            raise self._damaged(seq, "missing")
+        try:
+            doc = self.case.inflate(json.loads(data))
+            if digest_of(doc) != doc["digest"]:
+                raise self._damaged(seq, "altered")
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged(seq, "not readable") from None
+        return Entry(doc)
+
+    def _damaged(self, seq: int, how: str) -> StoreUnavailable:
+        """Nothing is built on a damaged chain; what can be undone goes on without it, as when the store is lost."""
+        return StoreUnavailable(f"case_store: entry {self.name}/{seq} of {self.case.id} is {how}; run verify_case")
 
     @property
     def live(self) -> list[dict[str, Any]]:
@@ -295,7 +305,7 @@ class Case:
             return doc
         data = self.store.get(f"{self.id}/blobs/{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
-            raise FirebreakError(f"the case's blob {name} is missing or altered; run verify_case", effect="none")
+            raise StoreUnavailable(f"case_store: blob {name} of {self.id} is missing or altered; run verify_case")
         return {**doc, "body": json.loads(data)}
 
     def check_open(self, stream: Stream) -> None:
@@ -421,10 +431,12 @@ def merge_spools(case: Case) -> None:
     """Bring everything that is on this machine only into the case. What cannot go now goes with the stream's next writer."""
     for name in spooled(case):
         stream = Stream(case, name)
-        with contextlib.suppress(Moved, Busy, StoreUnavailable):
-            with case.store.exclusive(f"{case.id}/locks/{name}", 1):
-                stream.load()
-                merge_spool(stream)
+        with (
+            contextlib.suppress(Moved, Busy, StoreUnavailable),
+            case.store.exclusive(f"{case.id}/locks/{name}", 1),
+        ):
+            stream.load()
+            merge_spool(stream)
 
 
 def merge_spool(stream: Stream) -> int:
