@@ -20,6 +20,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import _engine
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
 from ansible_collections.firebreak.incident.plugins.modules import control_release, incident
 from lab import ROOT
+from tests.contract.rotation_walk import LocalHost
 from tests.rows import Row
 
 MODULES = "ansible_collections.firebreak.incident.plugins.modules"
@@ -50,6 +51,14 @@ def rows_of(control: str) -> list[Row]:
     """All rows of a control, the usual one first."""
     known = [value for value in vars(table_of(control)).values() if isinstance(value, type) and issubclass(value, Row)]
     return [row() for row in known if row.__module__ == table_of(control).__name__]
+
+
+def every_row() -> list[Row]:
+    return [row for control in controls() for row in rows_of(control)]
+
+
+def name_of(row: Row) -> str:
+    return row.control if type(row).__name__ == "Lab" else f"{row.control} {type(row).__name__.lower()}"
 
 
 def documented(control: str, block: str = "RETURN") -> dict[str, Any]:
@@ -104,6 +113,17 @@ def open_incident(lab: Any, store: str, host: str) -> str:
     opened = execute(incident.CONTROL, {**surroundings(lab, store, host), **options})
     assert opened.get("changed"), opened
     return str(opened["incident_id"])
+
+
+def begin(lab: Any, row: Row, store: str, incident_id: str) -> None:
+    """Carry out what goes before a row in the same incident."""
+
+    def carry_out(host: str, control: str, options: dict[str, Any]) -> None:
+        given = {**options, **surroundings(lab, store, host, incident_id), "host": host}
+        result = execute(module_of(control).CONTROL, given, host=LocalHost())
+        assert result.get("changed"), result
+
+    row.begin(lab, carry_out)
 
 
 def connection_options(control: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -93,13 +93,15 @@ class Info:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A control whose entry in the journal is the change. ``opens`` says that it can do without an incident."""
+    """A control whose entry in the journal is the change. ``opens`` says that it can do without an incident,
+    ``needs_host`` that it reaches the host, and so runs in its action only."""
 
     name: str
     service: Any
     spec: dict[str, Any]
     write: Callable[[Any, dict[str, Any], Context], dict[str, Any]]
     opens: bool = False
+    needs_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ description:
   - Each element is compared. What equals the state after the change is put back, what equals the state before was never applied or is
     already undone, everything else was changed by somebody else since and is left alone, and the task fails.
   - What cannot be undone is listed.
+notes:
+  - It carries out other controls, some of which reach the host over Ansible's own connection, so it does not work with C(async).
 author: The firebreak.incident contributors (@firebreak)
 extends_documentation_fragment:
   - firebreak.incident.attributes
@@ -109,7 +111,7 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
     return _release.release(case, params, context)
 
 
-CONTROL = Record(name="control_release", service=None, spec=SPEC, write=write)
+CONTROL = Record(name="control_release", service=None, spec=SPEC, write=write, needs_host=True)
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ class Lab(Row):
         assert rotated == {"JWT_SECRET", "WEBHOOK_SECRET"}
         assert seen["values"].keys() == before["values"].keys()
         assert seen["version"] == before["version"] + 1
-        assert not any(seen["destroyed"].values())
+        assert seen["destroyed"] == {**before["destroyed"], str(seen["version"]): False}
         assert seen["others"] == before["others"]
 
     def secrets(self, lab: Any) -> list[str]:

@@ -40,11 +40,7 @@ REQUESTS: dict[Any, list[tuple[Any, str]]] = {
 ENTRIES = [(_store.FileStore, "create"), (_store.FileStore, "put_file")]
 
 
-ROWS = [row for control in helpers.controls() for row in helpers.rows_of(control)]
-
-
-def name_of(row: Row) -> str:
-    return row.control if type(row).__name__ == "Lab" else f"{row.control} {type(row).__name__.lower()}"
+ROWS = helpers.every_row()
 
 
 class Points:
@@ -123,15 +119,8 @@ class Round:
         self.incident = helpers.open_incident(lab, self.store, self.row.host)
         around = helpers.surroundings(lab, self.store, self.row.host, self.incident)
         self.params = {**self.row.params(lab), **around, "host": self.row.host}
-        self.row.begin(lab, self.before_it)
+        helpers.begin(lab, self.row, self.store, self.incident)
         self.before = self.look()
-
-    def before_it(self, host: str, control: str, options: dict[str, Any]) -> None:
-        around = helpers.surroundings(self.lab, self.store, host, self.incident)
-        result = helpers.execute(
-            helpers.module_of(control).CONTROL, {**options, **around, "host": host}, host=LocalHost()
-        )
-        assert result.get("changed"), result
 
     def look(self) -> dict[str, Any]:
         return self.row.observe(self.lab)
@@ -224,7 +213,7 @@ class Attempts:
             print(f"\n{self.control}: {self.killing} killed at {self.killed} of {self.points} points{sampled}", end="")
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=name_of(row)) for row in ROWS])
+@pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
 def test_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.CaptureFixture[str]) -> None:
     first = Round(lab, row)
     points = run(row.control, first.again)
@@ -244,12 +233,12 @@ def test_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.CaptureFixture
         assert one.look() == (one.before if one.row.reversible else seen)
         return came_by
 
-    attempts = Attempts(name_of(row), points, SECONDS, "run")
+    attempts = Attempts(helpers.name_of(row), points, SECONDS, "run")
     attempts.each(attempt)
     attempts.tell(capsys)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=name_of(row)) for row in ROWS if row.reversible])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.reversible], ids=helpers.name_of)
 def test_release_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.CaptureFixture[str]) -> None:
     first = Round(lab, row)
     first.again()
@@ -263,6 +252,6 @@ def test_release_killed_then_run_again(lab: Lab, row: Row, capsys: pytest.Captur
         one.is_released()
         return came_by
 
-    attempts = Attempts(name_of(row), points, RELEASE_SECONDS, "release")
+    attempts = Attempts(helpers.name_of(row), points, RELEASE_SECONDS, "release")
     attempts.each(attempt)
     attempts.tell(capsys)
