@@ -23,6 +23,7 @@ from .client import Lab
 BEFORE = 3.0  # seconds that the thief steals undisturbed
 AFTER = 4.0  # seconds that are watched afterwards
 PATIENCE = 600
+UNDO = ".venv/bin/ansible-playbook -i .lab/inventory.yml firebreak.incident.release"
 
 
 def say(text: str) -> None:
@@ -80,7 +81,10 @@ def main() -> int:
     running.mark("start")
     begun = time.time()
     status = playbook(
-        f"firebreak.incident.{incident}", folder, "-e", json.dumps({**glass, "firebreak_incident_new": True})
+        f"firebreak.incident.{incident}",
+        folder,
+        "-e",
+        json.dumps({**glass, "firebreak_incident_key": f"drill-{int(begun)}"}),
     )
     running.mark("end")
     seconds = time.time() - begun
@@ -128,7 +132,7 @@ def scorecard(running: Lab, incident: str, seconds: float) -> dict[str, Any]:
         "irreversible": seen["irreversible"],
         "seal": seen["seal"].get("digest"),
         "case": str(running.dir / "cases" / seen["incident"]["id"]),
-        "undo": f"ansible-playbook -i .lab/inventory.yml firebreak.incident.release -e firebreak_incident_id={seen['incident']['id']}",
+        "undo": f"{UNDO} -e firebreak_incident_id={seen['incident']['id']}",
     }
 
 
@@ -139,7 +143,6 @@ def _case(running: Lab) -> dict[str, Any]:
         "incident_id": newest,
         "case_store": running.hostvars("cf")["firebreak_case_store"],
         "site": "lab",
-        "hosts": running.hostvars("cf")["firebreak_affected"],
     }
     command = [str(Path(sys.executable).parent / "ansible"), "localhost", "-m", "firebreak.incident.incident_info"]
     env = {

@@ -119,6 +119,8 @@ def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     _guards.site(params, [*service, *_case.addresses(params)], context.env)
     if params["site"] == "lab":
         context.env = {}
+    if int(params.get("round") or 0) < 1:
+        raise Refused("round: it is a number from 1 on (firebreak_round)")
     if not params.get("incident_id") and context.check_mode:
         params["incident_id"] = _case.NO_INCIDENT
     params["mark"] = f"{params.get('incident_id')}/{params.get('round') or 1}"

@@ -21,6 +21,8 @@ from ._plan import Plan
 # A block wider than these needs break glass: 65,536 IPv4 addresses, or a provider's usual IPv6 allocation.
 WIDEST_PREFIX = {4: 16, 6: 32}
 MOST_COUNTRIES = 20
+# What can be overridden for a day: a name that is none of these is a slip of the pen.
+OVERRIDABLE = ("all_login_roles", "all_sessions", "every_visitor", "evidence", "store", "wide_block")
 Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 
 
@@ -144,6 +146,10 @@ def break_glass(entries: list[Mapping[str, Any]] | None, now: float) -> dict[str
             raise Refused(
                 f"break_glass: the date of {entry.get('guard')} is not today's ({today}, UTC); give it with -e",
                 guard="breadth",
+            )
+        if entry.get("guard") not in OVERRIDABLE:
+            raise Refused(
+                f"break_glass: {entry.get('guard')} is no guard; there are {', '.join(OVERRIDABLE)}", guard="breadth"
             )
         if not str(entry.get("reason") or "").strip():
             raise Refused(f"break_glass: {entry.get('guard')} has no reason", guard="breadth")

@@ -109,7 +109,15 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
         claims = store.names(f"keys/{key}")
         newest = int(claims[-1]) if claims else 0
         case = _claimed(store, key, newest, params, context) if newest else None
-        head = _head(case) if case is not None else None
+        try:
+            head = _head(case) if case is not None else None
+            closed = case is not None and head is not None and bool(state_of(case).get("closed"))
+        except StoreUnavailable as failure:
+            if not params.get("new"):
+                raise StoreUnavailable(
+                    f"{failure.msg}, or open another incident (firebreak_incident_new=true)"
+                ) from None
+            case = head = None
         if case is not None and head is None and not context.check_mode:
             opened = _write_opened(case, key, params, context)
             if opened is not None:
@@ -117,13 +125,7 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
             continue
         # The number that a claim names may have gone to another key.
         ours = case is not None and head is not None and head.body.get("key") == key
-        if (
-            case
-            and head
-            and ours
-            and not state_of(case).get("closed")
-            and (not params.get("new") or head.run == context.run_id)
-        ):
+        if case and head and ours and not closed and (not params.get("new") or head.run == context.run_id):
             return case, False
         if context.check_mode:
             raise LookupError
@@ -204,6 +206,8 @@ def begin_round(case: Case, state: dict[str, Any], number: int) -> bool:
         raise Refused(
             f"round: {case.id} is in round {len(state['rounds'])}; the next one is {len(state['rounds']) + 1}"
         )
+    if case.context.check_mode:
+        return True
     at = case.context.clock()
     case.record(RUN, "note", {"text": f"round {number} begins", "begins_round": number, "at": at})
     state["rounds"][str(number)] = at
@@ -211,9 +215,13 @@ def begin_round(case: Case, state: dict[str, Any], number: int) -> bool:
 
 
 def view(case: Case) -> dict[str, Any]:
-    """incident.json, made anew."""
-    state = state_of(case)
-    shown = {"id": case.id, **{key: value for key, value in state.items() if key not in ("key", "seals")}}
+    """incident.json, made anew; it says from how many entries, so that it can be verified."""
+    entries = entries_of(case, RUN)
     with contextlib.suppress(StoreUnavailable):
-        case.store.replace(f"{case.id}/incident.json", canonical(shown))
-    return state
+        case.store.replace(f"{case.id}/incident.json", canonical(shown_in_view(case, entries)))
+    return fold(entries)
+
+
+def shown_in_view(case: Case, entries: list[Entry]) -> dict[str, Any]:
+    state = {key: value for key, value in fold(entries).items() if key not in ("key", "seals")}
+    return {"id": case.id, "as_of": len(entries), **state}

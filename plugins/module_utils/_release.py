@@ -75,7 +75,11 @@ class Report:
             shown["screen"] = [f"{self.host}: {'would be put back' if self.planned else 'put back'}: {targets}"]
         if self.conflicts or self.failures:
             told = [f"{one['control']}: {one['target']}: {one['why']}" for one in [*self.conflicts, *self.failures]]
-            raise FirebreakError(f"not everything was released: {'; '.join(told)}", **shown)
+            raise FirebreakError(
+                f"not everything was released: {'; '.join(told)}"
+                + ("; -e release_controls_force=true puts back what somebody else changed" if self.conflicts else ""),
+                **shown,
+            )
         return shown
 
 
@@ -152,7 +156,9 @@ class Undo:
         for change in group:
             verdict = compare(after, change)
             if {*verdict["needed"], *verdict["conflict"]} & set(needed):
-                raise FirebreakError("the recorded undo does not put it back; nothing was changed, release it by hand", effect="none")
+                raise FirebreakError(
+                    "the recorded undo does not put it back; nothing was changed, release it by hand", effect="none"
+                )
 
     @property
     def _host(self) -> str:

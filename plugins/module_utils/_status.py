@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import shlex
 from typing import Any
 
-from ._case import RUN, Case, Entry, encode_host, spool_folder, spooled, spooled_entries
+from ._case import RUN, Case, Entry, spool_folder, spooled, spooled_entries
 from ._incident import PHASES, TARGETS, entries_of, state_of
 from ._verify import turn_of
 
 
-def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dict[str, Any]:
-    """Everything that the last screen and a release need. Of ``hosts`` each must have been reached in this round."""
+def status(case: Case, round_number: int, left_out: list[str] | None = None) -> dict[str, Any]:
+    """Everything that the last screen and a release need; what a run left out counts as open."""
     run = entries_of(case, RUN)
     state = state_of(case)
     streams = case.streams()
@@ -50,13 +51,8 @@ def status(case: Case, round_number: int, hosts: list[str] | None = None) -> dic
             if item.get("reversible"):
                 turns.add(turn_of(state["seals"], name, item["seq"]))
     result["turns"] = sorted(turns, reverse=True)
-    for host in hosts or []:
-        if not any(
-            entry.doc["round"] == round_number for name in by_stream if _is_of(name, host) for entry in by_stream[name]
-        ):
-            result["open"].append(
-                {"host": host, "control": "-", "state": "untouched", "why": "no control of this round ran there"}
-            )
+    for what in left_out or []:
+        result["open"].append({"host": "-", "control": what, "state": "left out", "why": "this run did not look at it"})
     return result
 
 
@@ -73,10 +69,6 @@ def _run_shown(case: Case, run: list[Entry]) -> str:
     """The run that asks, where it wrote something; else the newest one that did."""
     runs = [entry.run for entry in run]
     return case.context.run_id if case.context.run_id in runs else runs[-1]
-
-
-def _is_of(stream: str, host: str) -> bool:
-    return stream.removesuffix(".evidence") == encode_host(host)
 
 
 def _phases(entries: list[Entry], run_id: str) -> list[dict[str, Any]]:
@@ -175,14 +167,21 @@ def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict
 
 
 SECTIONS = (
-    ("done, and put back by release", "reversible", "{action} {target}"),
-    ("done, and final", "irreversible", "{action} {target} ({why})"),
-    ("guards that were overridden", "overrides", "{control}: {guard}, {reason}"),
-    ("NOT CONTAINED, still open", "open", "{control} {state}: {why}"),
+    ("reversible", "{action} {target}"),
+    ("irreversible", "{action} {target} ({why})"),
+    ("overrides", "{control}: {guard}, {reason}"),
+    ("open", "{control} {state}: {why}"),
 )
+TITLES = {
+    "reversible": "done, and put back by release",
+    "irreversible": "done, and final",
+    "overrides": "guards that were overridden",
+    "open": "NOT CONTAINED, still open",
+}
+TITLES_RELEASED = {**TITLES, "reversible": "STILL IN FORCE, not put back", "open": "open"}
 
 
-def lost_screen(case: Case, why: str) -> list[str]:
+def lost_screen(case: Case, why: str, known: list[str]) -> list[str]:
     """The last screen while the case store cannot be reached: what this machine alone knows."""
     lines = ["", f"{case.id}  NOT SAFE: {why}", ""]
     for stream, entries in spooled_entries(case).items():
@@ -194,6 +193,7 @@ def lost_screen(case: Case, why: str) -> list[str]:
                 lines.append(
                     f"  {stream:<8} {entry['kind']}: {body.get('outcome') or body.get('role')} {body.get('why', '')}".rstrip()
                 )
+    lines += [f"  NOT CONTAINED, still open: {what}" for what in known]
     folder = os.path.dirname(spool_folder(case, RUN))
     return [
         *lines,
@@ -204,32 +204,47 @@ def lost_screen(case: Case, why: str) -> list[str]:
     ]
 
 
-def screen(seen: dict[str, Any]) -> list[str]:
+def screen(seen: dict[str, Any], inventory: list[str], released: bool = False) -> list[str]:
     """The last screen: what was done, how fast, what is open, and how to undo it."""
     incident = seen["incident"]
-    run = f"ansible-playbook -i <inventory> firebreak.incident.%s -e firebreak_incident_id={incident['id']}"
+    sources = " ".join(f"-i {shlex.quote(source)}" for source in inventory or ["inventory.yml"])
+    run = f"ansible-playbook {sources} firebreak.incident.%s -e firebreak_incident_id={incident['id']}"
     lines = [
         "",
-        f"{incident['id']}  {incident['severity']} = {incident['priority']} = {incident['alert']}  {incident['title']}",
+        f"{incident['id']}  {incident['severity']} ({incident['priority']}, {incident['alert']})  {incident['title']}",
         f"type {incident['type']}, {incident['status']}, owner {incident['owner'] or '-'}, opened {incident['created'][:19]}Z",
     ]
     if seen["spooled"]:
-        lines += [
-            "",
-            f"NOT SAFE: the case store was lost; entries of {', '.join(seen['spooled'])} are on this machine only.",
-        ]
-    lines += ["", "phase         seconds   target"]
-    for phase in seen["phases"]:
-        late = "  LATE" if phase["seconds"] > phase["target_seconds"] else ""
-        lines.append(f"  {phase['name']:<12}{phase['seconds']:>7.1f}{phase['target_seconds']:>9}{late}")
+        streams = ", ".join(seen["spooled"])
+        lines += ["", f"NOT SAFE: the case store was lost; entries of {streams} are on this machine only."]
+    lines += [] if released else _phase_lines(seen)
     final = [{name: line[name] for name in line if name != "why"} for line in seen["irreversible"]]
     shown = {**seen, "reversible": [line for line in seen["done"] if line not in final]}
-    for title, key, form in SECTIONS:
+    titles = TITLES_RELEASED if released else TITLES
+    for key, form in SECTIONS:
         if shown[key]:
-            lines += ["", f"{title}:", *(f"  {line['host']:<8} {form.format(**line)}" for line in shown[key])]
-    still = len(seen["open"])
-    lines += ["", f"{still} not contained: run the same command again." if still else "Everything is contained."]
-    lines.append(f"undo:   {run % 'release'}")
+            lines += ["", f"{titles[key]}:", *(f"  {line['host']:<8} {form.format(**line)}" for line in shown[key])]
+    lines += ["", _verdict(shown, released)]
+    if not released:
+        lines.append(f"undo:   {run % 'release'}")
     if seen["seal"]:
         lines.append(f"verify: {run % 'verify_case'} -e firebreak_expect={seen['seal']['digest']}")
     return [*lines, ""]
+
+
+def _phase_lines(seen: dict[str, Any]) -> list[str]:
+    lines = ["", "phase         seconds   target"]
+    for phase in seen["phases"]:
+        late = "  LATE" if phase["seconds"] > phase["target_seconds"] else ""
+        lines.append(f"  {phase['name']:<12}{phase['seconds']:>7.1f}{phase['target_seconds']:>9}{late}")
+    return lines
+
+
+def _verdict(shown: dict[str, Any], released: bool) -> str:
+    still = len(shown["open"])
+    if released:
+        left = len(shown["reversible"])
+        return f"{left} changes are still in force." if left else "Nothing is left to put back."
+    if still:
+        return f"{still} not contained: see to what is named, then run the same command again."
+    return "Everything is contained."

@@ -13,7 +13,7 @@ from typing import Any
 
 from ._case import FIRST, RUN, Case, Entry, canonical, digest_of
 from ._errors import FirebreakError
-from ._incident import entries_of
+from ._incident import entries_of, shown_in_view
 
 
 def seal(case: Case, begins: str | None = None) -> Entry:
@@ -54,7 +54,7 @@ def verify(case: Case, expect: str | None = None) -> dict[str, Any]:
     if expect and not bad and expect not in {entry.digest for entry in run if entry.kind == "seal"}:
         bad.append({"entry": RUN, "why": "no seal has the expected hash: the chain was cut or written anew"})
     if not bad:
-        bad += _verify_evidence(case)
+        bad += [*_verify_view(case, run), *_verify_evidence(case)]
     return {
         "valid": not bad,
         "first_bad": bad[0] if bad else {},
@@ -109,6 +109,20 @@ def _verify_seal(chains: dict[str, list[str]], entry: Entry) -> list[dict[str, s
         elif chain[seq - 1] != digest:
             bad.append({"entry": f"{name}/{seq}", "why": f"it is not what seal {entry.body['turn']} names"})
     return bad
+
+
+def _verify_view(case: Case, run: list[Entry]) -> list[dict[str, str]]:
+    """incident.json is for people and tools; it must say what the entries say."""
+    data = case.store.get(f"{case.id}/incident.json")
+    if data is None:
+        return []
+    try:
+        as_of = int(json.loads(data)["as_of"])
+    except (ValueError, KeyError, TypeError):
+        as_of = 0
+    if as_of < 1 or canonical(shown_in_view(case, run[:as_of])) != data:
+        return [{"entry": "incident.json", "why": "it does not say what the entries say"}]
+    return []
 
 
 def _verify_evidence(case: Case) -> list[dict[str, str]]:

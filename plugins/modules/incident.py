@@ -149,10 +149,10 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         case, opened = found
     case.check_halt()
     state = _incident.continued(case, params)
-    began = False
     if not context.check_mode:
         _case.merge_spools(case)
-        began = _incident.begin_round(case, state, params["round"])
+    began = _incident.begin_round(case, state, params["round"])
+    if not context.check_mode:
         state = _incident.view(case)
     shown = {
         "id": case.id,
@@ -170,10 +170,20 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         "expires": state["expires"],
         "troubles": {} if opened else _status.troubles(case, params["round"]),
         "diff": {"before": {}, "after": shown if opened else {}},
-        "screen": [
-            f"{'opened' if opened else 'continuing'} {case.id}: {shown['title']}, {shown['severity']}, {shown['created'][:19]}Z"
-        ],
+        "screen": _told(shown, opened, params["round"]),
     }
+
+
+def _told(shown: dict[str, Any], opened: bool, number: int) -> list[str]:
+    """The first line of a run: which incident this is."""
+    name = f"{shown['id']}: {shown['title']}, {shown['severity']}, opened {shown['created'][:19]}Z"
+    if opened:
+        return [f"new incident {name}"]
+    return [
+        f"continuing {name}, round {number}",
+        "What was rotated, revoked and exported in this round counts as done. -e firebreak_round=<next> does it again,",
+        "-e firebreak_incident_new=true opens another incident.",
+    ]
 
 
 def _find(params: dict[str, Any], context: Context) -> tuple[_case.Case, bool] | None:

@@ -17,10 +17,25 @@ extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common
 options:
-  hosts:
-    description: The affected hosts. One that no control of this round reached counts as open.
+  left_out:
+    description: What the run left out, by C(--limit) or by tags. Each counts as open.
     type: list
     elements: str
+    default: []
+  failures:
+    description: What the run itself knows to have failed. It is told where the case store cannot be reached.
+    type: list
+    elements: str
+    default: []
+  released:
+    description: Whether the screen is that of a release, which tells what is still in force.
+    type: bool
+    default: false
+  inventory:
+    description: The inventory of the run, so that the screen names commands that can be pasted.
+    type: list
+    elements: str
+    default: []
   show:
     description: Whether the last screen of a run is printed.
     type: bool
@@ -104,7 +119,10 @@ from ansible_collections.firebreak.incident.plugins.module_utils._module import 
 
 SPEC: dict[str, Any] = {
     "argument_spec": {
-        "hosts": {"type": "list", "elements": "str"},
+        "left_out": {"type": "list", "elements": "str", "default": []},
+        "failures": {"type": "list", "elements": "str", "default": []},
+        "released": {"type": "bool", "default": False},
+        "inventory": {"type": "list", "elements": "str", "default": []},
         "show": {"type": "bool", "default": False},
         "require_contained": {"type": "bool", "default": False},
     },
@@ -113,18 +131,17 @@ SPEC: dict[str, Any] = {
 
 def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
     try:
-        seen = _status.status(client, params["round"], params["hosts"])
+        seen = _status.status(client, params["round"], params["left_out"])
     except StoreUnavailable as failure:
-        shown = {"screen": _status.lost_screen(client, failure.msg) if params["show"] else []}
+        known = [*params["failures"], *params["left_out"]]
+        shown = {"screen": _status.lost_screen(client, failure.msg, known) if params["show"] else []}
         raise FirebreakError(f"{client.id} is not safe: {failure.msg}", effect="none", **shown) from None
     if params["show"]:
-        seen["screen"] = _status.screen(seen)
+        seen["screen"] = _status.screen(seen, params["inventory"], params["released"])
     if params["require_contained"] and (seen["open"] or seen["spooled"]):
         what = ", ".join(f"{one['host']} {one['control']}" for one in seen["open"])
         shown = {"screen": seen.get("screen", [])}
-        raise FirebreakError(
-            f"{client.id} is not contained: {what or 'the case store was lost'}; run the same command again", **shown
-        )
+        raise FirebreakError(f"{client.id} is not contained: {what or 'the case store was lost'}", **shown)
     return seen
 
 

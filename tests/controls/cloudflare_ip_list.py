@@ -95,7 +95,12 @@ PLANS = [
         _params("192.0.2.1/32", "2001:DB8:0::/32"),
         _facts("192.0.2.1", "2001:db8::/32"),
     ),
-    Case("host bits", _params("198.51.100.66/24"), _facts("198.51.100.0/24")),
+    Case(
+        "an address with a network's length",
+        _params("198.51.100.66/24"),
+        _facts(),
+        raises="write 198.51.100.0/24 for the network, or 198.51.100.66 for the one address",
+    ),
     Case("IPv4 written as IPv6", _params("::ffff:192.0.2.1"), _facts("192.0.2.1")),
     Case("twice the same", _params("192.0.2.1", "192.0.2.1/32"), _facts(), [("create", "1 entries of list attackers")]),
     Case("in a second round", _params("192.0.2.1", round=2, mark=f"{INCIDENT}/2"), _facts("192.0.2.1")),

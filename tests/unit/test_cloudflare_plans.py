@@ -89,7 +89,7 @@ def test_items_are_understood_or_refused(items: list[str]) -> None:
 
 
 def test_a_list_covers_its_addresses_so_that_protected_ones_are_refused() -> None:
-    plan = cloudflare_ip_list.plan(list_row._params("198.51.100.66/24", "192.0.2.1"), list_row.ABSENT)
+    plan = cloudflare_ip_list.plan(list_row._params("198.51.100.0/24", "192.0.2.1"), list_row.ABSENT)
     assert plan.covers == {"addresses": ["198.51.100.0/24", "192.0.2.1"]}
 
 

@@ -88,7 +88,7 @@ def plan(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
             undo = {"names": [name], "value": before.get(name) or ""}
             changes.append(Change("set", name, ("values", name), undo=undo))
     return Plan(
-        facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all",) * (len(changes) > 5)
+        facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all_sessions",) * (len(changes) > 5)
     )
 
 
@@ -198,6 +198,7 @@ def test_release_puts_back_and_keeps_foreign_changes(ready: dict[str, Any], monk
 
 
 STEPS = 60
+TODAY = time.strftime("%Y-%m-%d", time.gmtime())
 
 
 @pytest.mark.parametrize("what", ["store", "service"])
@@ -326,8 +327,11 @@ def test_new_opens_another_and_round_two_begins(params: dict[str, Any]) -> None:
         ({"incident_id": None}, "incident_id:"),
         ({"incident_id": "INC-2020-0101-001"}, "is not in this case store"),
         ({"protected": {"roles": ["b"]}}, "protected: roles b"),
-        ({"names": list("abcdefg")}, "break glass for all"),
-        ({"break_glass": [{"guard": "all", "reason": "r", "date": "2020-01-01"}]}, "is not today's"),
+        ({"names": list("abcdefg")}, "break glass for all_sessions"),
+        ({"break_glass": [{"guard": "evidence", "reason": "r", "date": "2020-01-01"}]}, "is not today's"),
+        ({"break_glass": [{"guard": "wide_blok", "reason": "r", "date": TODAY}]}, "wide_blok is no guard"),
+        ({"break_glass": [{"guard": "evidence", "reason": " ", "date": TODAY}]}, "has no reason"),
+        ({"round": 0}, "round:"),
         ({"unattended": True}, None),
     ],
 )
