@@ -52,7 +52,8 @@ def status(case: Case, round_number: int, left_out: list[str] | None = None) -> 
                 turns.add(turn_of(state["seals"], name, item["seq"]))
     result["turns"] = sorted(turns, reverse=True)
     for what in left_out or []:
-        result["open"].append({"host": "-", "control": what, "state": "left out", "why": "this run did not look at it"})
+        host, _separator, why = what.partition(": ")
+        result["open"].append({"host": host, "control": "-", "state": "left out", "why": why})
     return result
 
 
