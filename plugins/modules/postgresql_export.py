@@ -55,6 +55,12 @@ options:
     type: list
     elements: str
     default: []
+  deadline:
+    description:
+      - Seconds that the export may take; 120 at least. Give more for a large table.
+      - With an S3 case store, whoever goes on after a killed run waits until this time is over.
+    type: int
+    default: 120
 seealso:
   - module: firebreak.incident.redis_session_revocation
 """
@@ -145,7 +151,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Facts, Plan
 
-DEADLINE = 600.0
+DEADLINE = 120
 COUNT_SECONDS = 2
 BLOCK = 256 * 1024
 SPEC: dict[str, Any] = {
@@ -158,6 +164,7 @@ SPEC: dict[str, Any] = {
         "user_ids": {"type": "list", "elements": "str"},
         "user_ids_column": {"type": "str", "default": "user_id"},
         "covers": {"type": "list", "elements": "str", "default": []},
+        "deadline": {"type": "int", "default": DEADLINE},
     },
 }
 
@@ -229,7 +236,7 @@ def apply(client: _postgresql.Client, params: dict[str, Any], change: Change) ->
 def _blocks(client: _postgresql.Client, query: dict[str, Any], manifest: dict[str, Any]) -> Iterator[bytes]:
     """The CSV in large pieces. At the end the manifest, which is written after it, learns the number of rows."""
     block, lines = bytearray(), 0
-    for line in client.copy("export the rows", client.select(**query), DEADLINE):
+    for line in client.copy("export the rows", client.select(**query), max(DEADLINE, params.get("deadline") or 0)):
         block += line
         lines += 1
         if len(block) >= BLOCK:
