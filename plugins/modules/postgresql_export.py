@@ -230,13 +230,16 @@ def apply(client: _postgresql.Client, params: dict[str, Any], change: Change) ->
         "table": ".".join(query["table"]),
         "since": query["after"] and query["after"][1],
     }
-    client.evidence.write(params["name"], _blocks(client, query, manifest), manifest)
+    seconds = max(DEADLINE, params.get("deadline") or 0)
+    client.evidence.write(params["name"], _blocks(client, query, manifest, seconds), manifest)
 
 
-def _blocks(client: _postgresql.Client, query: dict[str, Any], manifest: dict[str, Any]) -> Iterator[bytes]:
+def _blocks(
+    client: _postgresql.Client, query: dict[str, Any], manifest: dict[str, Any], seconds: float
+) -> Iterator[bytes]:
     """The CSV in large pieces. At the end the manifest, which is written after it, learns the number of rows."""
     block, lines = bytearray(), 0
-    for line in client.copy("export the rows", client.select(**query), max(DEADLINE, params.get("deadline") or 0)):
+    for line in client.copy("export the rows", client.select(**query), seconds):
         block += line
         lines += 1
         if len(block) >= BLOCK:
