@@ -104,7 +104,7 @@ def postgresql(lab: Any) -> dict[str, Any]:
     }
     with session(lab) as database:
         dump: dict[str, Any] = {name: database.execute(query).fetchall() for name, query in queries.items()}
-        tables = [name for name, kind, *_ in dump["relations"] if kind == "r"]
+        tables = [name for name, kind, *_unused in dump["relations"] if kind == "r"]
         dump["rows"] = {name: _hash(database, name) for name in tables}
     configuration = Path(lab.dir) / "run" / "pg1" / "postgresql.auto.conf"
     dump["configuration"] = configuration.read_bytes().decode()

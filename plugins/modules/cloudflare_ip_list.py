@@ -143,8 +143,9 @@ def _wanted(params: dict[str, Any]) -> dict[str, None] | None:
             block = network(str(item))
         except ValueError:
             raise Refused(f"items: number {number}, {item}, is no address or network in CIDR form") from None
-        if "/" in str(item) and str(block.network_address) != str(network(str(item).split("/")[0]).network_address):
-            told = f"write {block} for the network, or {str(item).split('/')[0]} for the one address"
+        address = str(item).partition("/")[0]
+        if block.network_address != network(address).network_address:
+            told = f"write {block} for the network, or {address} for the one address"
             raise Refused(f"items: number {number}, {item}, is an address with the length of a network; {told}")
         values[str(block.network_address if block.prefixlen == block.max_prefixlen else block)] = None
     return values

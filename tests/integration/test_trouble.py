@@ -177,7 +177,7 @@ def test_the_whole_run_completes_the_parts(partial: Partial) -> None:
 def test_two_runs_at_the_same_moment(own_lab: Lab) -> None:
     before = dumps.everything(own_lab)
     began = time.monotonic()
-    both = [start(own_lab, "data_breach") for _ in range(2)]
+    both = [start(own_lab, "data_breach") for _unused in range(2)]
     done = [finish(process, record, began) for process, record in both]
     assert [each.code for each in done] == [0, 0], "\n".join(each.output for each in done if each.code)
     (incident,) = incidents(own_lab)

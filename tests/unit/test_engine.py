@@ -88,7 +88,11 @@ def plan(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
             undo = {"names": [name], "value": before.get(name) or ""}
             changes.append(Change("set", name, ("values", name), undo=undo))
     return Plan(
-        facts, {"values": wanted}, tuple(changes), covers={"roles": params["names"]}, wide=("all_sessions",) * (len(changes) > 5)
+        facts,
+        {"values": wanted},
+        tuple(changes),
+        covers={"roles": params["names"]},
+        wide=("all_sessions",) * (len(changes) > 5),
     )
 
 
