@@ -18,7 +18,7 @@ extends_documentation_fragment:
   - firebreak.incident.common
 options:
   left_out:
-    description: What the run left out, by C(--limit) or by tags, each as C(host: why). It counts as open.
+    description: What the run left out, by C(--limit) or by tags, each as host, colon, reason. It counts as open.
     type: list
     elements: str
     default: []
