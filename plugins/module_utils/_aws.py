@@ -17,6 +17,8 @@ from ._deps import require
 from ._errors import Refused, StoreUnavailable
 
 _session: Any = None
+CONNECT_SECONDS = 3
+READ_SECONDS = 5
 
 SPEC: dict[str, Any] = {
     "case_access_key_id": {"type": "str", "no_log": False},
@@ -100,9 +102,9 @@ def s3_client(place: S3Place, params: dict[str, Any], context: Context) -> Any:
     """A client for one place, with credentials from the options, else from the task's environment."""
     preload()
     config = require("botocore.config", "botocore", "1.35.0").Config(
-        connect_timeout=3,
-        read_timeout=10,
-        retries={"total_max_attempts": 3, "mode": "standard"},
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"total_max_attempts": 2, "mode": "standard"},
         max_pool_connections=32,
         s3={"addressing_style": "path"} if place.endpoint else {},
     )

@@ -25,7 +25,7 @@ from typing import Any
 from . import _aws
 from ._control import Context
 from ._errors import Busy, FirebreakError, Refused, StoreUnavailable
-from ._store import Store, open_store
+from ._store import Store, local_folder, open_store
 
 RUN = "_run"
 NO_INCIDENT = "INC-0000-0000-000"
@@ -370,11 +370,7 @@ def connect(params: dict[str, Any], context: Context) -> Case:
 
 
 def spool_folder(case: Case, stream: str) -> str:
-    base = os.environ.get("FIREBREAK_SPOOL") or os.path.join(
-        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "firebreak", "spool"
-    )
-    store = hashlib.sha256(str(case.params.get("case_store")).encode()).hexdigest()[:16]
-    return os.path.join(base, store, case.id, stream)
+    return os.path.join(local_folder(str(case.params.get("case_store"))), case.id, stream)
 
 
 def spool(stream: Stream, kind: str, body: dict[str, Any]) -> int:

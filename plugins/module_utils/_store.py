@@ -14,10 +14,12 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import pathlib
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeAlias
@@ -27,6 +29,15 @@ from ._control import Context
 from ._errors import Busy, Refused, StoreUnavailable
 
 BLOCK = 1 << 20
+SILENCE_SECONDS = 30
+
+
+def local_folder(store: str) -> str:
+    """Where this machine keeps what it cannot put into a store that is lost."""
+    base = os.environ.get("FIREBREAK_SPOOL") or os.path.join(
+        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "firebreak", "spool"
+    )
+    return os.path.join(base, hashlib.sha256(store.encode()).hexdigest()[:16])
 
 
 def attempt(call: Callable[[], Any], future: concurrent.futures.Future[Any] | None = None) -> Callable[[], Any]:
@@ -206,6 +217,7 @@ class S3Store:
         self._place = place
         self._context = context
         self._offset = 0.0
+        self._silence = os.path.join(local_folder(str(params.get("case_store"))), f"silent-{context.run_id}")
         self._s3 = _aws.s3_client(place, params, context)
 
     def now(self) -> float:
@@ -304,7 +316,23 @@ class S3Store:
             raise StoreUnavailable(answer.text("put an entry into case_store")) from None
         return None
 
+    def _silent(self) -> bool:
+        """Whether the store gave another task of this run no answer just now: then not every task waits for it again."""
+        try:
+            return time.time() - os.stat(self._silence).st_mtime < SILENCE_SECONDS
+        except OSError:
+            return False
+
+    def _note_silence(self) -> None:
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(self._silence), mode=0o700, exist_ok=True)
+            pathlib.Path(self._silence).touch(mode=0o600)
+
     def _call(self, operation: str, missing: bool = False, **arguments: Any) -> Any:
+        if self._silent():
+            raise StoreUnavailable(
+                "case_store: it has just given no answer in this run; repair it and run the same command again"
+            )
         try:
             answer = _aws.call(self._s3, operation, Bucket=self._place.bucket, **arguments)
         except _aws.Answer as failure:
@@ -313,6 +341,9 @@ class S3Store:
             if operation == "put_object" and failure.status in (409, 412):
                 raise
             raise StoreUnavailable(failure.text(f"{operation} in case_store")) from None
+        except StoreUnavailable:
+            self._note_silence()
+            raise
         self._offset = _aws.server_time(answer, self._context.clock()) - self._context.clock()
         return answer
 

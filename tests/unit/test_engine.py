@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _aws,
     _case,
     _engine,
     _incident,
@@ -640,3 +642,26 @@ def test_a_quiet_stream_is_read_once_and_listed_once(ready: dict[str, Any], monk
         "names r1",
     ]
     assert len(seen) == 2, "before, and to verify"
+
+
+def test_a_store_that_gives_no_answer_is_waited_for_once_in_a_run(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hanging S3 must not cost every task its timeouts; another run asks again."""
+    monkeypatch.setattr(_aws, "READ_SECONDS", 0.3)
+    with socket.socket() as stalled:
+        stalled.bind(("127.0.0.1", 0))
+        stalled.listen(16)
+        uri = f"s3://cases?endpoint=http://127.0.0.1:{stalled.getsockname()[1]}&lock_mode=GOVERNANCE&retention_days=1"
+        keys = {"case_access_key_id": "key", "case_secret_access_key": "secret"}
+
+        def ask(run_id: str) -> float:
+            began = time.monotonic()
+            store = _store.open_store({**params, **keys, "case_store": uri}, Context(run_id=run_id))
+            with pytest.raises(StoreUnavailable):
+                store.get("HALT")
+            return time.monotonic() - began
+
+        assert ask("one") > 0.3
+        assert ask("one") < 0.3
+        assert ask("two") > 0.3
