@@ -156,6 +156,7 @@ class Stream:
         self.head: Entry | None = None
         self.newest = 0
         self.locked = False
+        self.resumed = False
         self.claimed_at = 0.0
         self.spooled: list[dict[str, Any]] = []
 
@@ -229,16 +230,19 @@ class Stream:
         ended = self.head is None or self.head.kind not in ("intent", "resumed", "closed")
         if ended and self.name not in spooled(self.case):
             return True
-        self.reload(patience, self.locked)
-        merge_spool(self)
-        if self.head is not None and self.head.kind in ("intent", "resumed"):
-            with contextlib.suppress(Moved):
-                self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
-        return False
+        while True:
+            self.reload(patience, self.locked)
+            with contextlib.suppress(Moved):  # another one took over: it is waited for
+                merge_spool(self)
+                if self.head is not None and self.head.kind in ("intent", "resumed"):
+                    self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
+                    self.resumed = True
+                return False
 
     def reload(self, patience: float, locked: bool = False) -> None:
         """Load the head, and wait while another machine's writer may be at work."""
         give_up = self.case.context.clock() + 2 * patience + 5
+        self.resumed = False
         while True:
             self.load()
             if self.head is not None and self.head.kind == "closed":
@@ -325,6 +329,9 @@ class Case:
         with self.store.exclusive(f"{self.id}/locks/{stream.name}", 30):
             for attempt in range(60):
                 stream.load()
+                while stream.busy() and stream.head and stream.head.run != self.context.run_id:
+                    self.context.sleep(0.2)  # over an intent, an entry would hide that a writer is at work
+                    stream.load()
                 with contextlib.suppress(Moved):
                     return stream.append(kind, body)
                 self.context.sleep(0.02 * (1 + attempt % 5))

@@ -403,8 +403,8 @@ class Action:
         changes = [recorded(plan, change) for change in plan.changes]
         left = None if journal.lost else journal.unconfirmed()
         if left is not None and canonical(left.body["changes"]) == canonical(changes):
-            if not journal.stream.claimed_at:
-                journal.stream.claim(task.seconds)
+            if not journal.stream.resumed:
+                self._begin(journal, plan, "resumed", {"of": left.seq, "until": journal.stream.claim(task.seconds)})
             return left.seq
         for override in overridden:
             journal.write("override", {"control": task.control.name, **override})
@@ -427,7 +427,17 @@ class Action:
             body["continues"] = left.seq
         if self.releases is not None:
             body["releases"] = self.releases
-        return journal.write("intent", body)
+        return self._begin(journal, plan, "intent", body)
+
+    def _begin(self, journal: Journal, plan: Plan, kind: str, body: dict[str, Any]) -> int | str:
+        """Write what begins the changes. The store may be lost at this very entry."""
+        if not journal.lost:
+            try:
+                return journal.stream.append(kind, body).seq
+            except StoreUnavailable:
+                journal.lost = True
+        self._needs_store(journal, plan)
+        return journal.write(kind, body)
 
     def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
         task, control = self.task, self.task.control

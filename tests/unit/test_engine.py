@@ -665,3 +665,84 @@ def test_a_store_that_gives_no_answer_is_waited_for_once_in_a_run(
         assert ask("one") > 0.3
         assert ask("one") < 0.3
         assert ask("two") > 0.3
+
+
+FINAL = dataclasses.replace(
+    CONTROL,
+    plan=lambda params, facts: Plan(
+        facts, {"values": {}}, tuple(Change("set", n, irreversible="gone for good") for n in facts["values"])
+    ),
+)
+
+
+def test_the_store_is_lost_at_the_very_intent_of_what_cannot_be_undone(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_args: Any) -> Any:
+        raise StoreUnavailable("case_store: gone")
+
+    go(ready)
+    with monkeypatch.context() as patch:
+        patch.setattr(_store.FileStore, "create", gone)
+        refused = run(FINAL, {**ready, "value": ""})
+    assert "cannot be undone" in refused["msg"] and not refused["changed"]
+    assert SERVICE.values() == {"a": "x", "b": "x", "c": "x"} and _case.spooled(case_of(ready)) == []
+
+
+def slow_apply(client: Register, params: dict[str, Any], change: Change) -> None:
+    time.sleep(0.1)
+    apply(client, params, change)
+
+
+def side_by_side(*calls: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda call=call: results.append(call())) for call in calls]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return results
+
+
+def died(options: dict[str, Any]) -> None:
+    """A run that was killed after its intent; its claim is over."""
+
+    def killed(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(CONTROL, apply=killed, deadline=0.01), options, "dead")
+    time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("lockless")
+@pytest.mark.parametrize("hidden", [False, True])
+def test_of_two_that_take_over_at_once_one_does(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    died(ready)
+    if hidden:
+        case_of(ready).record("r1", "note", {"text": "the intent is not the newest entry"})
+    real, both = _store.FileStore.create, threading.Barrier(2, timeout=2)
+
+    def create(store: _store.FileStore, key: str, data: bytes) -> bool:
+        if key.endswith(f"{2 + hidden:08d}.json"):
+            both.wait()
+        return real(store, key, data)
+
+    monkeypatch.setattr(_store.FileStore, "create", create)
+    control = dataclasses.replace(CONTROL, apply=slow_apply)
+    results = side_by_side(*(lambda n=n: run(control, ready, n) for n in ("one", "two")))
+    assert sorted(result["changed"] for result in results) == [False, True], results
+    assert kinds(ready) == ["intent", *["note"] * hidden, "resumed", "done"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_an_entry_beside_a_writer_does_not_hide_it(ready: dict[str, Any]) -> None:
+    def later() -> dict[str, Any]:
+        time.sleep(0.1)
+        case_of(ready).record("r1", "note", {"text": "from another run"})
+        return go(ready)
+
+    control = dataclasses.replace(CONTROL, apply=slow_apply)
+    results = side_by_side(lambda: run(control, ready), later)
+    assert sorted(result["changed"] for result in results) == [False, True], results
+    assert kinds(ready) == ["intent", "done", "note"]
