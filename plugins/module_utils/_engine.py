@@ -148,12 +148,11 @@ def execute(control: Any, params: dict[str, Any], context: Context) -> dict[str,
     except FirebreakError as failure:
         result = {"changed": False, **failure.facts, "failed": True, "msg": failure.msg}
     except Exception as failure:
-        # A foreign exception's text may hold anything; its type is all that is told.
         where = failure.__traceback__
         while where is not None and where.tb_next is not None:
             where = where.tb_next
         line = f" ({where.tb_frame.f_code.co_name}, line {where.tb_lineno})" if where is not None else ""
-        result = {"changed": False, "failed": True, "msg": f"{control.name}: unexpected {type(failure).__name__}{line}"}
+        result = {"changed": False, "failed": True, "msg": f"{control.name}: {told(failure)}{line}"}
     return context.secrets.censor(result)
 
 
@@ -497,22 +496,21 @@ class Action:
         raise Unproven(f"read again, the service does not show the change: {targets}")
 
     def _failure(self, failure: Exception) -> dict[str, Any]:
-        msg = failure.msg if isinstance(failure, FirebreakError) else f"unexpected {type(failure).__name__}"
         # An entry that would hold a secret is refused, and this one has to be written.
-        msg = self.task.context.secrets.censor(msg)
+        msg = self.task.context.secrets.censor(told(failure))
         groups = {
             "done": [o for o in self.outcomes if o["outcome"] in ("applied", "proved")],
             "unconfirmed": [o for o in self.outcomes if o["outcome"] in ("unconfirmed", "unproven")],
             "not done": [o for o in self.outcomes if o["outcome"] in ("not begun", "not done")],
         }
-        told = "; ".join(
+        listed = "; ".join(
             f"{name}: {', '.join(o['action'] + ' ' + o['target'] for o in members)}"
             for name, members in groups.items()
             if members
         )
         changed = bool(groups["done"] or groups["unconfirmed"])
         return {
-            "msg": f"{self.task.control.name} on {self.task.host}: {msg}. {told}",
+            "msg": f"{self.task.control.name} on {self.task.host}: {msg}. {listed}",
             "changed": changed,
             "outcomes": self.outcomes,
             "effect": "unknown" if groups["unconfirmed"] else "none",
@@ -531,6 +529,11 @@ class Action:
         if journal.lost:
             result["spooled"] = journal.stream.spooled
         return result
+
+
+def told(failure: Exception) -> str:
+    """A foreign exception's text may hold anything; its type is all that is told."""
+    return failure.msg if isinstance(failure, FirebreakError) else f"unexpected {type(failure).__name__}"
 
 
 def recorded(plan: Plan, change: Change) -> dict[str, Any]:

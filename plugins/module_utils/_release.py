@@ -50,6 +50,7 @@ class Report:
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     conflicts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    half_done: bool = False
     irreversible: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     # By task: what a dry run has put back so far, so that it goes on from there as the real run does.
     back: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -61,9 +62,13 @@ class Report:
         self.before.setdefault(control, result["diff"]["before"])
         self.after[control] = result["diff"]["after"]
 
+    def failed(self, line: dict[str, Any], failure: Exception) -> None:
+        self.failures.append({**line, "why": _engine.told(failure)})
+        self.half_done |= isinstance(failure, FirebreakError) and bool(failure.facts.get("changed"))
+
     def result(self) -> dict[str, Any]:
         shown: dict[str, Any] = {
-            "changed": bool(self.changes),
+            "changed": bool(self.changes) or self.half_done,
             "changes": self.changes,
             "conflicts": self.conflicts,
             "failures": self.failures,
@@ -106,9 +111,9 @@ class Undo:
         for group in groups:
             try:
                 clean = self._group(importlib.import_module(f"{MODULES}.{self.name}").CONTROL, group) and clean
-            except FirebreakError as failure:
+            except Exception as failure:
                 clean = False
-                self.report.failures.append({**self._line(group[0]), "why": failure.msg})
+                self.report.failed(self._line(group[0]), failure)
         if clean and not self.context.check_mode:
             self.case.record(self.case.stream(self._host).name, "released", {"released": [self.intent.seq]})
 
@@ -143,6 +148,7 @@ class Undo:
             if self.context.check_mode:
                 task.params["assumed"] = facts if back else {}
                 plan = _engine.decide(task, client)
+                _engine.guard(task, plan, None)
                 result = _engine.result_of(task, plan, "planned")
                 back.append(result["diff"])
             else:

@@ -175,7 +175,7 @@ def undo(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -
     import types
 
     real = _release.importlib.import_module
-    module = types.SimpleNamespace(CONTROL=CONTROL)
+    module = types.SimpleNamespace(CONTROL=more.pop("control", CONTROL))
     monkeypatch.setattr(
         _release.importlib, "import_module", lambda name: module if name.endswith(".register") else real(name)
     )
@@ -708,9 +708,9 @@ def died(options: dict[str, Any]) -> None:
     def killed(*_args: Any) -> None:
         raise KeyboardInterrupt
 
+    context = Context(run_id="dead", actor="tester", clock=lambda: time.time() - 60)
     with pytest.raises(KeyboardInterrupt):
-        run(dataclasses.replace(CONTROL, apply=killed, deadline=0.01), options, "dead")
-    time.sleep(0.02)
+        _engine.execute(dataclasses.replace(CONTROL, apply=killed), options, context)
 
 
 @pytest.mark.usefixtures("lockless")
@@ -746,3 +746,35 @@ def test_an_entry_beside_a_writer_does_not_hide_it(ready: dict[str, Any]) -> Non
     results = side_by_side(lambda: run(control, ready), later)
     assert sorted(result["changed"] for result in results) == [False, True], results
     assert kinds(ready) == ["intent", "done", "note"]
+
+
+def test_a_release_that_fails_half_way_tells_what_it_changed_and_undoes_the_rest(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(ready)
+
+    def failing(client: Register, params: dict[str, Any], change: Change) -> None:
+        apply(client, params, change)
+        raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(FirebreakError) as failure:
+        undo(ready, patch, control=dataclasses.replace(CONTROL, apply=failing))
+    assert failure.value.facts["changed"] and SERVICE.values() == {}
+
+    def unreadable(client: Register, params: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("hunter22")
+
+    with monkeypatch.context() as patch, pytest.raises(FirebreakError) as failure:
+        undo(ready, patch, control=dataclasses.replace(CONTROL, read=unreadable))
+    assert "unexpected RuntimeError" in failure.value.msg and "hunter22" not in failure.value.msg
+    assert not failure.value.facts["changed"]
+
+
+def test_a_dry_release_refuses_what_the_release_refuses(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    go(ready)
+    told = []
+    for check_mode in (True, False):
+        with monkeypatch.context() as patch, pytest.raises(FirebreakError) as failure:
+            undo({**ready, "protected": {"roles": ["b"]}}, patch, check_mode=check_mode)
+        told.append([one["why"] for one in failure.value.facts["failures"]])
+    assert told[0] == told[1] and len(told[0]) == 1
