@@ -16,7 +16,7 @@ from ._incident import PHASES, TARGETS, entries_of, state_of
 from ._verify import turn_of
 
 
-def status(case: Case, round_number: int, left_out: list[str] | None = None) -> dict[str, Any]:
+def status(case: Case, left_out: list[str] | None = None) -> dict[str, Any]:
     """Everything that the last screen and a release need; what a run left out counts as open."""
     run = entries_of(case, RUN)
     state = state_of(case)
@@ -57,12 +57,12 @@ def status(case: Case, round_number: int, left_out: list[str] | None = None) -> 
     return result
 
 
-def troubles(case: Case, round_number: int) -> dict[str, list[str]]:
+def troubles(case: Case) -> dict[str, list[str]]:
     """The roles that failed and have not succeeded since, by host."""
     result: dict[str, list[str]] = {}
-    for one in status(case, round_number)["open"]:
-        if one["state"] == "failed":
-            result.setdefault(one["host"], []).append(one["control"])
+    for one in status(case)["open"]:
+        if "role" in one:
+            result.setdefault(one["host"], []).append(one["role"])
     return result
 
 
@@ -93,67 +93,52 @@ def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
     """Fold one stream: what was done and still stands, and the last word on everything that was not."""
     released = {seq for entry in entries if entry.kind == "released" for seq in entry.body["released"]}
     intents = {entry.seq: entry.body for entry in entries if entry.kind == "intent"}
+    outcomes: dict[int, dict[str, Any]] = {}
     last: dict[str, dict[str, Any]] = {}
+
+    def is_open(what: str, control: str, state: str, why: str, **more: Any) -> None:
+        last[what] = {"host": host, "control": control, "state": state, "why": why, **more}
+
     for entry in entries:
         body = entry.body
+        intent = intents.get(body.get("of", 0))
         if entry.kind == "intent":
-            last[body["what"]] = {
-                "host": host,
-                "control": body["control"],
-                "state": "unconfirmed",
-                "why": "no outcome was recorded",
-            }
-        elif entry.kind in ("done", "failed") and body.get("of") in intents:
-            intent = intents[body["of"]]
-            if entry.kind == "done":
-                last.pop(intent["what"], None)
-                if body.get("outcome") == "applied":
-                    last[intent["what"]] = {
-                        "host": host,
-                        "control": intent["control"],
-                        "state": "applied",
-                        "why": "not yet verified",
-                    }
-            else:
-                last[intent["what"]] = {
-                    "host": host,
-                    "control": intent["control"],
-                    "state": "failed",
-                    "why": body.get("why", ""),
-                }
-            if "releases" not in intent and (entry.kind == "done" or body.get("outcomes")):
-                _count(result, host, intent, body, body["of"] in released)
+            is_open(body["what"], body["control"], "unconfirmed", "no outcome was recorded")
+        elif entry.kind == "done" and intent is not None:
+            outcomes[body["of"]] = body
+            last.pop(intent["what"], None)
+            last.pop(f"refused {intent['control']}", None)
+            if body.get("outcome") == "applied":
+                is_open(intent["what"], intent["control"], "applied", "not yet verified")
+        elif entry.kind == "failed" and intent is not None:
+            outcomes[body["of"]] = body
+            is_open(intent["what"], intent["control"], "failed", body.get("why", ""))
         elif entry.kind == "failed":
-            last[f"role {body.get('role')}"] = {
-                "host": host,
-                "control": body.get("role"),
-                "state": "failed",
-                "why": body.get("why", ""),
-            }
+            role = str(body.get("role"))
+            is_open(f"role {role}", role, "failed", body.get("why", ""), role=role)
         elif entry.kind == "refused":
-            last[f"refused {body['control']}"] = {
-                "host": host,
-                "control": body["control"],
-                "state": "refused",
-                "why": body["why"],
-            }
+            is_open(f"refused {body['control']}", body["control"], "refused", body["why"])
         elif entry.kind == "check":
             last.pop(f"check {body['control']}", None)
             if not body["passed"]:
                 failing = ", ".join(check["name"] for check in body["checks"] if not check["passed"])
-                last[f"check {body['control']}"] = {
-                    "host": host,
-                    "control": body["control"],
-                    "state": "failed",
-                    "why": failing,
-                }
+                is_open(f"check {body['control']}", body["control"], "failed", failing)
         elif entry.kind == "note" and "recovered" in body:
             last.pop(f"role {body['recovered']}", None)
         elif entry.kind == "override":
             result["overrides"].append({"host": host, **body})
-        if entry.kind == "done" and body.get("of") in intents:
-            last.pop(f"refused {intents[body['of']]['control']}", None)
+        elif entry.kind == "released":
+            for seq in (seq for seq, one in intents.items() if {seq, _released_by(one)} & set(body["released"])):
+                last.pop(intents[seq]["what"], None)
+    for seq, body in outcomes.items():
+        if "releases" not in intents[seq] and ("outcomes" in body or body.get("outcome") == "verified"):
+            _count(result, host, intents[seq], body, seq in released)
     result["open"] += list(last.values())
+
+
+def _released_by(intent: dict[str, Any]) -> int | None:
+    """The intent that this one puts back."""
+    return intent["releases"]["seq"] if "releases" in intent else None
 
 
 def _count(result: dict[str, Any], host: str, intent: dict[str, Any], body: dict[str, Any], released: bool) -> None:

@@ -168,7 +168,7 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
         "incident": shown,
         "issued_before": state["rounds"].get(str(params["round"]), context.clock()),
         "expires": state["expires"],
-        "troubles": {} if opened else _status.troubles(case, params["round"]),
+        "troubles": {} if opened else _status.troubles(case),
         "diff": {"before": {}, "after": shown if opened else {}},
         "screen": _told(shown, opened, params["round"]),
     }

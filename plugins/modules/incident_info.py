@@ -131,7 +131,7 @@ SPEC: dict[str, Any] = {
 
 def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
     try:
-        seen = _status.status(client, params["round"], params["left_out"])
+        seen = _status.status(client, params["left_out"])
     except StoreUnavailable as failure:
         known = [*params["failures"], *params["left_out"]]
         shown = {"screen": _status.lost_screen(client, failure.msg, known) if params["show"] else []}

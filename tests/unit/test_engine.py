@@ -439,7 +439,7 @@ def test_what_several_tasks_kept_while_the_store_was_lost_stays_together(
     entries = [entry.body for entry in _incident.entries_of(case_of(ready), "r1")]
     assert [(body.get("of"), len(body.get("outcomes") or body.get("changes"))) for body in entries] == [
         (None, 3), (1, 3), (None, 1), (3, 1)]  # fmt: skip
-    assert _status.status(case_of(ready), 1)["open"] == []
+    assert _status.status(case_of(ready))["open"] == []
     undo(ready, monkeypatch)
     assert SERVICE.values() == {}
 
@@ -778,3 +778,36 @@ def test_a_dry_release_refuses_what_the_release_refuses(ready: dict[str, Any], m
             undo({**ready, "protected": {"roles": ["b"]}}, patch, check_mode=check_mode)
         told.append([one["why"] for one in failure.value.facts["failures"]])
     assert told[0] == told[1] and len(told[0]) == 1
+
+
+def test_what_was_put_back_is_no_longer_open(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a containment that failed, nor an undoing that died before it could say what became of it."""
+
+    def failing(client: Register, params: dict[str, Any], change: Change) -> None:
+        apply(client, params, change)
+        raise RuntimeError
+
+    run(dataclasses.replace(CONTROL, apply=failing), ready)
+    with monkeypatch.context() as patch, pytest.raises(FirebreakError):
+        undo(ready, patch, control=dataclasses.replace(CONTROL, apply=failing))
+    assert _status.status(case_of(ready))["open"]
+    with monkeypatch.context() as patch:
+        undo(ready, patch)
+    assert SERVICE.values() == {} and _status.status(case_of(ready))["open"] == []
+
+
+def test_what_was_settled_later_is_listed_once(ready: dict[str, Any]) -> None:
+    lazy = dataclasses.replace(CONTROL, slow=True, settle=0.0, apply=lambda client, params, change: None)
+    assert run(lazy, ready)["outcome"] == "applied"
+    SERVICE.file.write_text(json.dumps(dict.fromkeys("abc", "x")))
+    assert go(ready)["outcome"] == "ok"
+    seen = _status.status(case_of(ready))
+    assert [line["target"] for line in seen["done"]] == ["a", "b", "c"] and seen["open"] == []
+
+
+def test_troubles_are_roles_only(ready: dict[str, Any]) -> None:
+    """A control's failure is over when the control succeeds; nobody has to say so."""
+    run(dataclasses.replace(CONTROL, prove=lambda *_args: 1 / 0), ready)
+    event(ready, "failed", role="shield_edge")
+    assert _status.troubles(case_of(ready)) == {"r1": ["shield_edge"]}
+    assert [one["control"] for one in _status.status(case_of(ready))["open"]] == ["register", "shield_edge"]
