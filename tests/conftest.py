@@ -39,7 +39,7 @@ def end_lab(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     process = start_lab(folder)
