@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -178,7 +179,7 @@ class Stream:
             doc = self.case.inflate(json.loads(data))
             if digest_of(doc) != doc["digest"]:
                 raise self._damaged(seq, "altered")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise self._damaged(seq, "not readable") from None
         return Entry(doc)
 
@@ -383,14 +384,26 @@ def spool_folder(case: Case, stream: str) -> str:
 def spool(stream: Stream, kind: str, body: dict[str, Any]) -> int:
     """Keep an entry on this machine's disk, durably, until the store is back. Returns its number there."""
     folder = spool_folder(stream.case, stream.name)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
     if stream.case.context.secrets.found_in(body):
         raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
     entry = {"kind": kind, "body": body, "time": stamp(stream.case.context.clock()), "run": stream.case.context.run_id}
+    try:
+        number = _keep(folder, canonical(entry))
+    except OSError as exc:
+        code = errno.errorcode.get(exc.errno or 0, "OSError")
+        raise StoreUnavailable(
+            f"case_store: it is lost, and the spool {folder} takes no entry either ({code}); set FIREBREAK_SPOOL"
+        ) from None
+    stream.spooled.append(entry)
+    return number
+
+
+def _keep(folder: str, data: bytes) -> int:
+    os.makedirs(folder, mode=0o700, exist_ok=True)
     number = max((int(name[:8]) + 1 for name in _kept(folder)), default=0)
     unfinished = os.path.join(folder, f".{number:08d}-{secrets.token_hex(4)}")
     with open(unfinished, "xb", opener=_private) as file:
-        file.write(canonical(entry))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.link(unfinished, os.path.join(folder, f"{number:08d}.json"))
@@ -398,7 +411,6 @@ def spool(stream: Stream, kind: str, body: dict[str, Any]) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    stream.spooled.append(entry)
     return number
 
 

@@ -318,6 +318,13 @@ class Journal:
                 self.lost = True
         return str(_case.spool(self.stream, kind, body))
 
+    def catch_up(self) -> None:
+        """Somebody else wrote: find the newest entry again."""
+        try:
+            self.stream.load()
+        except StoreUnavailable:
+            self.lost = True
+
     def unconfirmed(self) -> Entry | None:
         """The open intent of this very task, left by a run that died or failed."""
         what = identity(self.task.control, self.task.params)
@@ -360,9 +367,8 @@ class Action:
                     journal.stream.reload(task.seconds)
                 except Refused as refusal:
                     if not journal.lost:
-                        with contextlib.suppress(Moved, StoreUnavailable):
-                            body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
-                            journal.stream.append("refused", body)
+                        body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
+                        self._outcome(journal, "refused", body)
                     raise
             else:
                 raise FirebreakError(
@@ -518,12 +524,18 @@ class Action:
 
     def _outcome(self, journal: Journal, kind: str, body: dict[str, Any]) -> None:
         """Record what became of it. Losing the race here means that somebody took over: their entries stand."""
-        for _attempt in range(20):
-            try:
-                journal.write(kind, body)
-                return
-            except Moved:
-                journal.stream.load()
+        try:
+            for _attempt in range(20):
+                with contextlib.suppress(Moved):
+                    journal.write(kind, body)
+                    return
+                journal.catch_up()
+            journal.lost = True
+            journal.write(kind, body)
+        except StoreUnavailable as failure:  # the spool is lost too: this result alone tells what was done
+            changed = any(one["outcome"] not in ("not begun", "not done") for one in self.outcomes)
+            why = f"{body['why']}; {failure.msg}" if "why" in body else failure.msg
+            raise FirebreakError(why, changed=changed, outcomes=self.outcomes) from None
 
     def _with_spool(self, journal: Journal, result: dict[str, Any]) -> dict[str, Any]:
         if journal.lost:

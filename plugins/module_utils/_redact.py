@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
 SHORTEST_SUBSTRING = 6
@@ -58,14 +58,16 @@ class Secrets:
 
     def censor(self, result: Any) -> Any:
         """The same structure of plain JSON types, with every secret replaced, in keys too."""
-        return _clean(json.loads(json.dumps(result, default=str)), self._values)
+        # The longest first: a secret that holds another one must not be left with its rest.
+        values = sorted(self._values, key=len, reverse=True)
+        return _clean(json.loads(json.dumps(result, default=str)), values)
 
     def found_in(self, structure: Any) -> bool:
         """Whether a secret stands in this structure, whole or as a part of a longer text."""
         return any(_holds(text, self._values) for text in _texts(structure))
 
 
-def _holds(text: str, values: set[str]) -> bool:
+def _holds(text: str, values: Collection[str]) -> bool:
     return text in values or any(len(value) >= SHORTEST_SUBSTRING and value in text for value in values)
 
 
@@ -81,7 +83,7 @@ def _texts(structure: Any) -> Iterator[str]:
         yield structure
 
 
-def _clean(structure: Any, values: set[str]) -> Any:
+def _clean(structure: Any, values: Collection[str]) -> Any:
     if isinstance(structure, dict):
         return {_clean(key, values): _clean(value, values) for key, value in structure.items()}
     if isinstance(structure, list):
@@ -96,7 +98,7 @@ def _clean(structure: Any, values: set[str]) -> Any:
     )
 
 
-def _clean_text(text: str, values: set[str]) -> str:
+def _clean_text(text: str, values: Collection[str]) -> str:
     """A short secret is replaced where it stands alone only: as a part of other words it tells nothing, and would hide them."""
     if text in values:
         return HIDDEN

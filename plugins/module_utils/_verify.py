@@ -85,7 +85,7 @@ def _why_bad(case: Case, name: str, number: int, file: str, data: bytes | None, 
     try:
         doc = json.loads(data or b"")
         full = case.inflate(doc)
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "it is not readable"
     except FirebreakError as failure:
         return failure.msg

@@ -33,6 +33,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
     StoreUnavailable,
 )
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
+from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets
 from ansible_collections.firebreak.incident.plugins.modules import incident, incident_event
 
 
@@ -811,3 +812,68 @@ def test_troubles_are_roles_only(ready: dict[str, Any]) -> None:
     event(ready, "failed", role="shield_edge")
     assert _status.troubles(case_of(ready)) == {"r1": ["shield_edge"]}
     assert [one["control"] for one in _status.status(case_of(ready))["open"]] == ["register", "shield_edge"]
+
+
+def test_the_store_is_lost_after_somebody_else_wrote_beside_us(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is told, and kept."""
+
+    def gone(*_args: Any) -> Any:
+        raise StoreUnavailable("case_store: gone")
+
+    def proved(*_args: Any) -> None:
+        monkeypatch.setattr(_store.FileStore, "create", lambda *_args: False)
+        monkeypatch.setattr(_store.FileStore, "names", gone)
+
+    with monkeypatch.context() as monkeypatch:
+        result = run(dataclasses.replace(CONTROL, prove=proved), ready)
+    assert result["changed"] and not result.get("failed"), result
+    assert [entry["kind"] for entry in result["spooled"]] == ["done"]
+    assert not go(ready)["changed"] and kinds(ready) == ["intent", "resumed", "done"][::2]
+
+
+def test_neither_the_store_nor_the_spool_takes_the_outcome(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def gone(*_args: Any) -> Any:
+        raise StoreUnavailable("case_store: gone")
+
+    def proved(*_args: Any) -> None:
+        monkeypatch.setattr(_store.FileStore, "create", gone)
+        (tmp_path / "spool").write_text("no folder")
+
+    with monkeypatch.context() as monkeypatch:
+        result = run(dataclasses.replace(CONTROL, prove=proved), ready)
+    assert result["failed"] and result["changed"], result
+    assert [one["outcome"] for one in result["outcomes"]] == ["proved"] * 3
+    assert "spool" in result["msg"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_a_refusal_is_recorded_though_somebody_else_writes(ready: dict[str, Any]) -> None:
+    refusing = {**ready, "protected": {"roles": ["b"]}}
+
+    def other(count: int) -> None:
+        case_of(ready).record("r1", "note", {"text": "from another run"})
+
+    assert "protected" in run(reading(other), refusing)["msg"]
+    assert kinds(ready) == ["note", "refused"]
+
+
+def test_a_secret_that_holds_another_one_is_hidden_whole() -> None:
+    for number in range(20):
+        known = Secrets()
+        for value in (f"hunter22-{number}", f"hunter22-{number}-and-more"):
+            known.add(value)
+        assert known.censor({"msg": f"it is hunter22-{number}-and-more."}) == {"msg": "it is ********."}
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"body": "x"}', "{}"])
+def test_an_entry_that_is_no_entry_is_named(ready: dict[str, Any], content: str) -> None:
+    go(ready)
+    folder = pathlib.Path(ready["case_store"].removeprefix("file://")) / ready["incident_id"] / "journal/r1"
+    (folder / "00000002.json").write_text(content)
+    assert _verify.verify(case_of(ready))["first_bad"]["entry"] == "r1/2"
+    result = go(ready)
+    assert [entry["kind"] for entry in result["spooled"]] == [], result
