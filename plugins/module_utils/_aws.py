@@ -138,7 +138,10 @@ def call(client: Any, operation: str, **arguments: Any) -> dict[str, Any]:
     """One call; an answer that is no success becomes ``Answer``, no answer becomes ``StoreUnavailable``."""
     exceptions = require("botocore.exceptions", "botocore", "1.35.0")
     try:
-        return getattr(client, operation)(**arguments)
+        answer: dict[str, Any] = getattr(client, operation)(**arguments)
+        if "Body" in answer:
+            answer["Body"] = answer["Body"].read()
+        return answer
     except exceptions.ClientError as exc:
         status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(exc.response.get("Error", {}).get("Code", "unknown"))

@@ -245,25 +245,22 @@ class S3Store:
 
     def get(self, key: str) -> bytes | None:
         answer = self._call("get_object", Key=self._key(key), missing=True)
-        return None if answer is None else answer["Body"].read()
+        return None if answer is None else bytes(answer["Body"])
 
     def create(self, key: str, data: bytes) -> bool:
-        for _attempt in range(4):
-            code = self._put(key, data, IfNoneMatch="*")
-            if code is None:
-                return True
-            if code == "PreconditionFailed":
-                # The entry carries a nonce: the same bytes mean that our own answer was lost.
-                return self.get(key) == data
-            self._context.sleep(0.05)
-        raise StoreUnavailable("case_store: the bucket keeps answering 409 to a conditional put; try again")
+        # The entry carries a nonce: the same bytes mean that our own answer was lost.
+        return self._put_new(key, lambda: data) or self.get(key) == data
 
     def replace(self, key: str, data: bytes) -> None:
         """A view is not locked, so that it can be made anew."""
         self._call("put_object", Key=self._key(key), Body=data)
 
     def put_file(self, key: str, source: BinaryIO) -> None:
-        self._call("put_object", Key=self._key(key), Body=source, **self._place.lock(self.now()))
+        def rewound() -> BinaryIO:
+            source.seek(0)
+            return source
+
+        self._put_new(key, rewound)  # a second version of an artefact would be taken for a forgery
 
     def size(self, key: str) -> int | None:
         answer = self._call("head_object", Key=self._key(key), missing=True)
@@ -307,14 +304,20 @@ class S3Store:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _put(self, key: str, data: bytes, **extra: Any) -> str | None:
-        try:
-            self._call("put_object", Key=self._key(key), Body=data, **self._place.lock(self.now()), **extra)
-        except _aws.Answer as answer:
-            if answer.code in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"):
-                return answer.code
-            raise StoreUnavailable(answer.text("put an entry into case_store")) from None
-        return None
+    def _put_new(self, key: str, body: Callable[[], bytes | BinaryIO]) -> bool:
+        """Put what is not there yet. False where it is."""
+        for _attempt in range(4):
+            lock = self._place.lock(self.now())
+            try:
+                self._call("put_object", Key=self._key(key), Body=body(), IfNoneMatch="*", **lock)
+                return True
+            except _aws.Answer as answer:
+                if answer.code == "PreconditionFailed":
+                    return False
+                if answer.code not in ("ConditionalRequestConflict", "OperationAborted"):
+                    raise StoreUnavailable(answer.text("put an entry into case_store")) from None
+            self._context.sleep(0.05)
+        raise StoreUnavailable("case_store: the bucket keeps answering 409 to a conditional put; try again")
 
     def _silent(self) -> bool:
         """Whether the store gave another task of this run no answer just now: then not every task waits for it again."""

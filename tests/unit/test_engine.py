@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
+import io
 import json
 import os
 import pathlib
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pytest
 
@@ -877,3 +879,55 @@ def test_an_entry_that_is_no_entry_is_named(ready: dict[str, Any], content: str)
     assert _verify.verify(case_of(ready))["first_bad"]["entry"] == "r1/2"
     result = go(ready)
     assert [entry["kind"] for entry in result["spooled"]] == [], result
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """As much of S3 as two calls need: a version for each put that is not refused, and a GET that breaks off in the middle."""
+
+    protocol_version = "HTTP/1.1"
+    versions: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        exists = self.path in self.versions and self.headers.get("If-None-Match") == "*"
+        body = b"<Error><Code>PreconditionFailed</Code></Error>" if exists else b""
+        if not exists:
+            self.versions.append(self.path)
+        self.send_response(412 if exists else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.close_connection = True
+
+    def log_message(self, *_args: Any) -> None: ...
+
+
+@pytest.fixture
+def bucket(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(Bucket, "versions", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        uri = f"s3://cases?endpoint=http://127.0.0.1:{server.server_port}&lock_mode=GOVERNANCE&retention_days=1"
+        keys = {"case_access_key_id": "key", "case_secret_access_key": "secret"}
+        yield _store.open_store({**params, **keys, "case_store": uri}, Context(run_id=os.urandom(3).hex()))
+        server.shutdown()
+        thread.join()
+
+
+def test_the_same_artefact_again_is_no_second_version(bucket: Any) -> None:
+    """An export that was killed before its manifest is exported again; verify_case takes a second version for a forgery."""
+    for _time in range(2):
+        bucket.put_file("evidence/r1/1/abc/sessions.csv", io.BytesIO(b"a,b"))
+    assert len(Bucket.versions) == 1
+
+
+def test_an_answer_that_breaks_off_is_a_lost_store(bucket: Any) -> None:
+    with pytest.raises(StoreUnavailable):
+        bucket.get("journal/r1/00000001.json")
