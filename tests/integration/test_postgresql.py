@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _case, _engine, _postgresql, _release
+from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _case,
+    _deps,
+    _engine,
+    _postgresql,
+    _release,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.modules import (
@@ -407,9 +414,8 @@ def test_a_server_that_hangs_is_given_up(params: dict[str, Any], monkeypatch: py
 
 
 def test_a_missing_library_is_named(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "psycopg", None)
+    _deps.require.cache_clear()
     result = go(FENCE, params)
     assert result["failed"] and "psycopg>=3.2" in result["msg"]
 
