@@ -83,7 +83,9 @@ options:
     type: list
     elements: str
   evidence_patience:
-    description: Seconds that a destroying control waits for an export that was begun. Afterwards it goes on, and says so in the case.
+    description:
+      - Seconds that a destroying control waits for an export that was begun. Afterwards it goes on, and says so in the case.
+      - Without it 120 in an incident of SEV-1, else 900.
     type: float
   assumed:
     description:

@@ -237,8 +237,9 @@ def _evidence_first(task: Task, plan: Plan) -> list[dict[str, str]]:
                 guard="evidence",
             )
         if wait_until is None:
+            since, severity = begun
             patience = task.params.get("evidence_patience")
-            wait_until = begun + (PATIENCE_ELSE if patience is None else float(patience))
+            wait_until = since + (PATIENCE.get(severity, PATIENCE_ELSE) if patience is None else float(patience))
         if task.context.clock() >= wait_until:
             return [{"guard": "evidence", "reason": f"by clock: {', '.join(missing)} not exported in time"}]
         task.context.sleep(0.5)

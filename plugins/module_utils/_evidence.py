@@ -86,14 +86,15 @@ class Evidence:
                 return []
         return sorted(needed)
 
-    def begun(self, references: list[str]) -> float | None:
-        """When preserving began, in this round, for what these references name; None where nobody preserves."""
+    def begun(self, references: list[str]) -> tuple[float, str] | None:
+        """When preserving began, in this round, and the incident's severity; None where nobody preserves."""
         if self._case is None or not references:
             return None
         names = self._case.store.names(f"{self._case.id}/journal/{_case.RUN}")
-        for entry in self._case.fetch([(_case.RUN, int(name.removesuffix(".json"))) for name in names]):
+        entries = self._case.fetch([(_case.RUN, int(name.removesuffix(".json"))) for name in names])
+        for entry in entries:
             if entry.body.get("begins") == "preserve" and entry.doc["round"] == self._round:
-                return float(entry.body["at"])
+                return float(entry.body["at"]), str(entries[0].body["severity"])
         return None
 
     def _manifest(self, reference: str) -> dict[str, Any] | None:

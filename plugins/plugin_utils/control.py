@@ -94,8 +94,7 @@ class ControlAction(ActionBase):
         spec = spec_of(control)
         options = spec.pop("argument_spec")
         spec.pop("supports_check_mode")
-        # Ansible's tags are taken off: what the engine sees is what a module would see.
-        given = json.loads(json.dumps(dict(self._task.args)))
+        given = plain(dict(self._task.args))
         checked = ModuleArgumentSpecValidator(options, **spec).validate(given)
         params = {**given, **checked.validated_parameters}
         hidden = set(checked._no_log_values) | _texts(
@@ -123,6 +122,11 @@ class ControlAction(ActionBase):
         result = execute(control, params, context)
         result["invocation"] = {"module_args": _masked(options, params, hidden)}
         return result
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a module would see: Ansible's tags are taken off, and a date is its text."""
+    return json.loads(json.dumps(arguments, default=str))
 
 
 def _masked(options: dict[str, Any], params: dict[str, Any], hidden: set[str]) -> dict[str, Any]:

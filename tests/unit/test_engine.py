@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import http.server
 import io
 import json
@@ -37,6 +38,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
 from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets
 from ansible_collections.firebreak.incident.plugins.modules import incident, incident_event
+from ansible_collections.firebreak.incident.plugins.plugin_utils.control import plain
 
 
 class Register:
@@ -931,3 +933,34 @@ def test_the_same_artefact_again_is_no_second_version(bucket: Any) -> None:
 def test_an_answer_that_breaks_off_is_a_lost_store(bucket: Any) -> None:
     with pytest.raises(StoreUnavailable):
         bucket.get("journal/r1/00000001.json")
+
+
+def test_patience_with_the_evidence_is_by_severity(params: dict[str, Any]) -> None:
+    """Two minutes where it is worst: what the thief holds is not kept alive by a hanging export."""
+    told: dict[str, list[float]] = {}
+    for severity in ("SEV-1", "SEV-2"):
+        own = {**params, "evidence": ["r1/1/sessions.csv"]}
+        own["incident_id"] = opened(params, severity=severity, key=severity)["incident_id"]
+        event(own, "seal", begins="preserve")
+        now = [time.time()]
+        waited: list[float] = []
+
+        def sleep(seconds: float, now: list[float] = now, waited: list[float] = waited) -> None:
+            now[0] += 10
+            waited.append(10)
+
+        control = dataclasses.replace(
+            CONTROL, plan=lambda params, facts: dataclasses.replace(plan(params, facts), destroys=("sessions",))
+        )
+        value = {**own, "value": severity}
+        assert _engine.execute(control, value, Context(run_id="p", clock=lambda now=now: now[0], sleep=sleep))[
+            "changed"
+        ]
+        told[severity] = waited
+    assert [round(sum(told[severity]), -1) for severity in told] == [120, 900]
+
+
+def test_what_a_task_is_given_is_plain() -> None:
+    """YAML reads an unquoted date as a date; the guard wants its text."""
+    given = {"break_glass": [{"guard": "evidence", "date": datetime.date(2026, 1, 2)}]}
+    assert plain(given) == {"break_glass": [{"guard": "evidence", "date": "2026-01-02"}]}
