@@ -79,6 +79,9 @@ class ControlAction(ActionBase):
         task_vars = task_vars or {}
         result = super().run(tmp, task_vars)
         if self._task.async_val:
+            if self._connection.transport != "local":
+                msg = "async: add connection: local to the task; nothing of a control is copied to a system under protection"
+                return {**result, "failed": True, "msg": msg}
             options = {**self._task.args, "host": self._task.args.get("host") or task_vars.get("inventory_hostname")}
             task_vars = {**task_vars, "ansible_python_interpreter": sys.executable}
             result.update(self._execute_module(module_args=options, task_vars=task_vars, wrap_async=True))

@@ -12,6 +12,8 @@ import json
 import os
 import pathlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -964,3 +966,16 @@ def test_what_a_task_is_given_is_plain() -> None:
     """YAML reads an unquoted date as a date; the guard wants its text."""
     given = {"break_glass": [{"guard": "evidence", "date": datetime.date(2026, 1, 2)}]}
     assert plain(given) == {"break_glass": [{"guard": "evidence", "date": "2026-01-02"}]}
+
+
+def test_async_over_a_connection_that_is_not_local_is_refused(tmp_path: pathlib.Path) -> None:
+    """It would copy the module, with its secrets, to the system under protection."""
+    arguments = {"type": "data_breach", "affected": ["far"], "site": "lab", "case_store": f"file://{tmp_path}/cases"}
+    task = {"firebreak.incident.incident": arguments, "async": 30, "poll": 1, "connection": "ssh"}
+    play = tmp_path / "play.yml"
+    play.write_text(json.dumps([{"hosts": "far", "gather_facts": False, "tasks": [task]}]))
+    command = [sys.executable, "-m", "ansible", "playbook", "-i", "far,", "-e", "ansible_host=127.0.0.1", str(play)]
+    command += ["-e", "ansible_port=9"]
+    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": os.devnull}
+    told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert "connection: local" in told and "UNREACHABLE" not in told, told
