@@ -974,8 +974,8 @@ def test_async_over_a_connection_that_is_not_local_is_refused(tmp_path: pathlib.
     task = {"firebreak.incident.incident": arguments, "async": 30, "poll": 1, "connection": "ssh"}
     play = tmp_path / "play.yml"
     play.write_text(json.dumps([{"hosts": "far", "gather_facts": False, "tasks": [task]}]))
-    command = [sys.executable, "-m", "ansible", "playbook", "-i", "far,", "-e", "ansible_host=127.0.0.1", str(play)]
-    command += ["-e", "ansible_port=9"]
-    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": os.devnull}
+    program = str(pathlib.Path(sys.executable).with_name("ansible-playbook"))
+    command = [program, "-i", "far,", "-e", "ansible_host=127.0.0.1 ansible_port=9", str(play)]
+    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"}
     told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False).stdout
     assert "connection: local" in told and "UNREACHABLE" not in told, told
