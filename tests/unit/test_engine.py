@@ -979,3 +979,31 @@ def test_async_over_a_connection_that_is_not_local_is_refused(tmp_path: pathlib.
     env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"}
     told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False).stdout
     assert "connection: local" in told and "UNREACHABLE" not in told, told
+
+
+def playbook(folder: pathlib.Path, **variables: Any) -> tuple[int, str]:
+    """A whole data_breach on two systems that have no service, so that all it does is to keep the case."""
+    common = {"firebreak_site": "lab", "firebreak_owner": "lab", "firebreak_case_store": f"file://{folder}/cases"}
+    hosts = {"firebreak_communication": {"hosts": {"desk": {}, "far": {}}}}
+    (folder / "hosts.json").write_text(json.dumps({"all": {"vars": common, "children": hosts}}))
+    program = str(pathlib.Path(sys.executable).with_name("ansible-playbook"))
+    command = [program, "-i", str(folder / "hosts.json"), "firebreak.incident.data_breach", "-e", json.dumps(variables)]
+    env = {**os.environ, "HOME": str(folder), "ANSIBLE_NOCOLOR": "1"}
+    told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return told.returncode, told.stdout
+
+
+def test_who_is_not_told_and_who_is_not_looked_at_stays_open(params: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    code, told = playbook(tmp_path, firebreak_affected=["desk", "far"], firebreak_audiences=[{"name": "board"}])
+    assert code != 0 and "communicate failed" in told, told
+    case = {**params, "incident_id": case_in(tmp_path), "host": "far"}
+    event(case, "failed", role="shield_edge")
+    again = {"firebreak_incident_id": case["incident_id"]}
+    code, told = playbook(tmp_path, firebreak_affected=["desk"], **again)
+    assert code != 0 and "shield_edge failed" in told and "communicate failed" not in told, told
+    code, told = playbook(tmp_path, firebreak_affected=["desk", "far"], **again)
+    assert code == 0 and "Everything is contained" in told, told
+
+
+def case_in(folder: pathlib.Path) -> str:
+    return next(entry.name for entry in (folder / "cases").iterdir() if entry.name.startswith("INC-"))
