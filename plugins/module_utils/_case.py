@@ -462,8 +462,11 @@ def merge_spool(stream: Stream) -> int:
     moved: dict[int, int] = {}
     names = _kept(folder)
     for name in names:
-        with open(os.path.join(folder, name), "rb") as file:
-            entry = json.loads(file.read())
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                entry = json.loads(file.read())
+        except FileNotFoundError:  # another process of this machine has just brought it in
+            continue
         body = {**entry["body"], "spooled": {"time": entry["time"], "run": entry["run"], "number": int(name[:8])}}
         if isinstance(body.get("of"), str):
             # After a merge that was cut off, the intent is the newest one that is still open.
@@ -472,5 +475,6 @@ def merge_spool(stream: Stream) -> int:
         already = stream.head is not None and stream.head.body.get("spooled") == body["spooled"]
         written = stream.head if already and stream.head else stream.append(entry["kind"], body)
         moved[int(name[:8])] = written.seq
-        os.unlink(os.path.join(folder, name))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
     return len(names)

@@ -34,7 +34,6 @@ class Context:
     evidence: Any = None
     actor: str = "unknown"
     run_id: str = ""
-    front: str = "module"
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     deadline: float = 0.0

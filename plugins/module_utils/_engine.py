@@ -26,6 +26,7 @@ from ._store import attempt
 PATIENCE = {"SEV-1": 120.0}
 PATIENCE_ELSE = 900.0
 UNATTENDED_AN_HOUR = 25
+GUARD_SECONDS = 2.0
 
 COMMON: dict[str, Any] = {
     "case_store": {"type": "str"},
@@ -206,7 +207,7 @@ def guard(task: Task, plan: Plan, journal: Journal | None) -> list[dict[str, str
     _guards.unattended(plan, bool(params.get("unattended")) and not keeps)
     if plan.destroys:
         overridden += _evidence_first(task, plan)
-    if journal is not None and task.case is not None and not journal.lost:
+    if task.case is not None and (journal is None or not journal.lost):
         if params.get("unattended"):
             _unattended_rate(task.case)
         if params.get("two_person") and not keeps and (overridden or _guards.irreversible(plan)):
@@ -355,9 +356,7 @@ class Action:
             read = self._read_beside(journal)
             for _attempt in range(20):
                 try:
-                    plan = decide(task, self.client, read)
-                    self._needs_store(journal, plan)
-                    overridden = guard(task, plan, journal)
+                    plan, overridden = self._decide(journal, read)
                     if not plan.changes:
                         return self._nothing_to_do(journal, plan)
                     of = self._intent(journal, plan, overridden)
@@ -376,6 +375,17 @@ class Action:
                     "case_store: too many writers for this host at once; run the same command again", effect="none"
                 )
             return self._carry_out(journal, plan, of)
+
+    def _decide(self, journal: Journal, read: Callable[[], Facts] | None) -> tuple[Plan, list[dict[str, str]]]:
+        """The plan, and what was overridden for it. What was read before a wait for the evidence is read again."""
+        while True:
+            plan = decide(self.task, self.client, read)
+            self._needs_store(journal, plan)
+            began = self.task.context.clock()
+            overridden = guard(self.task, plan, journal)
+            if self.task.context.clock() - began < GUARD_SECONDS:
+                return plan, overridden
+            read = None
 
     def _read_beside(self, journal: Journal) -> Callable[[], Facts] | None:
         """Read while the journal settles: after the newest entry was listed, so that an entry of anybody else's refuses ours."""

@@ -54,7 +54,6 @@ class FileStore:
     """``file:///folder``: one file an entry, made durable before its name appears."""
 
     scheme = "file"
-    durable_without_disk = False
 
     def __init__(self, folder: str, context: Context) -> None:
         self.folder = pathlib.Path(folder)
@@ -211,7 +210,6 @@ class S3Store:
     """``s3://bucket/prefix``: put-if-absent, each object under Object Lock retention of its own."""
 
     scheme = "s3"
-    durable_without_disk = True
 
     def __init__(self, place: _aws.S3Place, params: dict[str, Any], context: Context) -> None:
         self._place = place

@@ -152,7 +152,8 @@ def _told(case: _case.Case, stream: _case.Stream, body: dict[str, str], context:
     for name in (stream.name, f"{stream.name}.evidence"):
         one = _case.Stream(case, name)
         one.load()
-        if one.head is not None and one.head.run == context.run_id and one.head.kind in ("failed", "refused"):
+        told = one.head is not None and one.head.run == context.run_id and one.head.kind in ("failed", "refused")
+        if told and one.head is not None and str(one.head.body.get("why")) in body["why"]:
             return None
     entry = case.record(stream.name, "failed", body)
     return {"changed": True, "entry": f"{stream.name}/{entry.seq}", "digest": entry.digest}

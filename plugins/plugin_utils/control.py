@@ -118,7 +118,6 @@ class ControlAction(ActionBase):
             actor=actor(),
             run_id=os.environ.get("FIREBREAK_RUN") or RUN_ID,
             host=HostConnection(self),
-            front="action",
         )
         for value in hidden:
             context.secret(value)
