@@ -937,29 +937,26 @@ def test_an_answer_that_breaks_off_is_a_lost_store(bucket: Any) -> None:
         bucket.get("journal/r1/00000001.json")
 
 
+def waited_for_evidence(params: dict[str, Any], severity: str) -> float:
+    """How long a destroying control waits for an export that hangs, by a clock that only its own sleep moves."""
+    own = {**params, "evidence": ["r1/1/sessions.csv"], "value": severity}
+    own["incident_id"] = opened(params, severity=severity, key=severity)["incident_id"]
+    event(own, "seal", begins="preserve")
+    began = time.time()
+    slept: list[float] = []
+
+    def destroying(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
+        return dataclasses.replace(plan(params, facts), destroys=("sessions",))
+
+    context = Context(run_id="p", clock=lambda: began + 10 * len(slept), sleep=slept.append)
+    assert _engine.execute(dataclasses.replace(CONTROL, plan=destroying), own, context)["changed"]
+    return 10.0 * len(slept)
+
+
 def test_patience_with_the_evidence_is_by_severity(params: dict[str, Any]) -> None:
     """Two minutes where it is worst: what the thief holds is not kept alive by a hanging export."""
-    told: dict[str, list[float]] = {}
-    for severity in ("SEV-1", "SEV-2"):
-        own = {**params, "evidence": ["r1/1/sessions.csv"]}
-        own["incident_id"] = opened(params, severity=severity, key=severity)["incident_id"]
-        event(own, "seal", begins="preserve")
-        now = [time.time()]
-        waited: list[float] = []
-
-        def sleep(seconds: float, now: list[float] = now, waited: list[float] = waited) -> None:
-            now[0] += 10
-            waited.append(10)
-
-        control = dataclasses.replace(
-            CONTROL, plan=lambda params, facts: dataclasses.replace(plan(params, facts), destroys=("sessions",))
-        )
-        value = {**own, "value": severity}
-        assert _engine.execute(control, value, Context(run_id="p", clock=lambda now=now: now[0], sleep=sleep))[
-            "changed"
-        ]
-        told[severity] = waited
-    assert [round(sum(told[severity]), -1) for severity in told] == [120, 900]
+    waited = {severity: waited_for_evidence(params, severity) for severity in ("SEV-1", "SEV-2")}
+    assert {severity: round(seconds, -1) for severity, seconds in waited.items()} == {"SEV-1": 120, "SEV-2": 900}
 
 
 def test_what_a_task_is_given_is_plain() -> None:
