@@ -17,6 +17,8 @@ from ._control import Context
 from ._engine import execute, spec_of
 from ._redact import Secrets
 
+IN_ITS_ACTION_ONLY = "{} reaches the host over Ansible's connection: it runs in its action only, not with async"
+
 
 def actor() -> str:
     """Who runs this: the person that AWX names, else the user of this process."""
@@ -34,9 +36,7 @@ def run_module(control: Any) -> None:
     module = AnsibleModule(**spec_of(control))
     params: dict[str, Any] = dict(module.params)
     if getattr(control, "needs_host", False):
-        module.fail_json(
-            msg=f"{control.name} reaches the host over Ansible's connection: it runs in its action only, not with async"
-        )
+        module.fail_json(msg=IN_ITS_ACTION_ONLY.format(control.name))
     context = Context(
         check_mode=module.check_mode,
         env=dict(os.environ),

@@ -29,7 +29,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import _case
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute, spec_of
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
-from ansible_collections.firebreak.incident.plugins.module_utils._module import actor, public_values
+from ansible_collections.firebreak.incident.plugins.module_utils._module import IN_ITS_ACTION_ONLY, actor, public_values
 from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets
 
 RUN_ID = secrets.token_hex(6)
@@ -79,6 +79,8 @@ class ControlAction(ActionBase):
         task_vars = task_vars or {}
         result = super().run(tmp, task_vars)
         if self._task.async_val:
+            if getattr(self.control, "needs_host", False):
+                return {**result, "failed": True, "msg": IN_ITS_ACTION_ONLY.format(self.control.name)}
             if self._connection.transport != "local":
                 msg = "async: add connection: local to the task; nothing of a control is copied to a system under protection"
                 return {**result, "failed": True, "msg": msg}

@@ -103,7 +103,7 @@ def test_no_secret_is_shown(lab: Lab, row: Row, tmp_path: Path) -> None:
             results[name] = play.next(name)
             if name == "open":
                 helpers.begin(lab, row, store, str(results[name]["incident_id"]))
-            if "async" in one:
+            if "ansible_job_id" in results[name]:  # what needs its host refuses before anything begins
                 results[name] = finished(lab, tmp_path, results[name])
     status = {name: result["status"] for name, result in results.items()}
     assert all(status[name] == "ok" for name in ("open", "check", "real", "again", "release")), results
