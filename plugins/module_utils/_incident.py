@@ -91,8 +91,9 @@ def fold(entries: Iterable[Entry]) -> dict[str, Any]:
     return state
 
 
-def state_of(case: Case) -> dict[str, Any]:
-    state = fold(entries_of(case, RUN))
+def state_of(case: Case, run: list[Entry] | None = None) -> dict[str, Any]:
+    """What the incident is; ``run`` are the entries of its own stream, where they were read already."""
+    state = fold(entries_of(case, RUN) if run is None else run)
     if not state:
         raise Refused(f"incident_id: {case.id} is not in this case store; check firebreak_incident_id and case_store")
     return state

@@ -19,7 +19,7 @@ from ._verify import turn_of
 def status(case: Case, left_out: list[str] | None = None) -> dict[str, Any]:
     """Everything that the last screen and a release need; what a run left out counts as open."""
     run = entries_of(case, RUN)
-    state = state_of(case)
+    state = state_of(case, run)
     streams = case.streams()
     places = [
         (name, int(file.removesuffix(".json"))) for name, files in streams.items() if name != RUN for file in files

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import pathlib
 import tempfile
@@ -107,17 +108,10 @@ class FileStore:
 
     def replace(self, key: str, data: bytes) -> None:
         """Write a view, which may be made anew at any time."""
-        with self._errors("write"):
-            target = self.folder / key
-            _make_folder(target.parent)
-            with self._temporary(target.parent) as (name, stream):
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.replace(name, target)
+        self.put_file(key, io.BytesIO(data))
 
     def put_file(self, key: str, source: BinaryIO) -> None:
-        """Copy a large file in; the key names its content's hash, so an existing one is the same."""
+        """Copy a file in, whole or not at all. An artefact's key names its content's hash, so an existing one is the same."""
         with self._errors("write"):
             target = self.folder / key
             _make_folder(target.parent)
