@@ -3,7 +3,7 @@
 # Each target sets up what it needs, in a fresh clone with Python 3.11 or newer and pip.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help drill test lint bench lab-up lab-down real lock clean environment
+.PHONY: help drill test test-full lint bench lab-up lab-down real lock clean environment
 
 # Made by us, so that another folder can be tried without touching the usual one.
 VENV ?= .venv
@@ -23,6 +23,9 @@ drill: environment  ## a thief in the lab, contained by the real playbook; print
 
 test: environment  ## everything that can fail: lint, then the tests on both ansible-cores
 	@VENV="$(VENV)" VENV_OLDEST="$(VENV_OLDEST)" REAL="$(REAL)" sh tools/test $(ARGS)
+
+test-full: environment  ## the whole truth harness, at most 45 minutes; writes what it tried into the README
+	@$(IN_VENV) FIREBREAK_REAL="$(REAL)" python -m tests.truth.table $(ARGS)
 
 lint:  ## style, types, documentation, licences, sanity, what Galaxy would say
 	@sh tools/environment "$(VENV)" newest lint
