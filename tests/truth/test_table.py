@@ -13,6 +13,7 @@ import pytest
 
 from lab import ROOT
 from tests.truth import table
+from tests.truth.playbooks import SCENARIOS
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,11 @@ def test_every_control_and_playbook_is_in_it(name: str, collected: set[tuple[str
     _title, controls, playbooks = table.PROPERTIES[name]
     wanted = [*(table.CONTROLS if controls else []), *(table.PLAYBOOKS if playbooks else [])]
     assert [one for one in wanted or [table.ENGINE] if (name, one) not in collected] == []
+
+
+def test_every_playbook_has_a_scenario() -> None:
+    assert sorted(SCENARIOS) == table.PLAYBOOKS
+    assert {one for scenario in SCENARIOS.values() for one in scenario.before} <= set(table.PLAYBOOKS)
 
 
 def test_every_file_is_a_property() -> None:
