@@ -94,7 +94,7 @@ def complete(control: Any, params: dict[str, Any]) -> dict[str, Any]:
 
 def context_for(control: Any, params: dict[str, Any], **more: Any) -> Context:
     """A context that knows the secrets of the options, as a front end prepares it."""
-    context = Context(run_id=f"run{next(COUNTER)}", actor="tester", **more)
+    context = Context(run_id=f"run{os.getpid()}-{next(COUNTER)}", actor="tester", **more)
     for name, option in _engine.spec_of(control)["argument_spec"].items():
         if option.get("no_log") and params.get(name):
             context.secret(params[name])

@@ -147,6 +147,7 @@ class Lab(Row):
             database.execute("ALTER SYSTEM SET log_min_duration_statement = '7s'")
             database.execute("SELECT pg_reload_conf()")
         lab.until(lambda: observe(lab)["read_only"] == ["off"], "the server does not reload")
+        self.begun = session(lab)  # somebody who was there before the fence, and could write
 
     def observe(self, lab: Any) -> dict[str, Any]:
         return observe(lab)
@@ -158,6 +159,8 @@ class Lab(Row):
         assert {**seen, "configuration": "", "read_only": ""} == {**before, "configuration": "", "read_only": ""}
         with session(lab) as database, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
             database.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
+        with pytest.raises(psycopg.OperationalError):
+            self.begun.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("pg1")["firebreak_postgresql_password"]]

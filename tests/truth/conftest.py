@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.truth.table import BEGIN, END, count, lines, rows
-
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
+    # It imports the collection, which is not there yet when this file is read.
+    from tests.truth.table import BEGIN, END, count, lines, rows
+
     cells = count(report for name in ("passed", "failed", "error") for report in terminalreporter.stats.get(name, []))
     if not cells:
         return
