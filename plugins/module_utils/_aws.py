@@ -90,6 +90,8 @@ class Answer(Exception):
         self.code = code
 
     def text(self, action: str) -> str:
+        if self.code == "RequestTimeTooSkewed":
+            return f"cannot {action}: this machine's clock is not S3's ({self.code}); set it right and try again"
         remedy = {
             401: "check case_access_key_id and case_secret_access_key",
             403: "check case_access_key_id, case_secret_access_key and the bucket's policy",
@@ -156,9 +158,7 @@ def call(client: Any, operation: str, **arguments: Any) -> dict[str, Any]:
         ) from None
 
 
-def server_time(answer: dict[str, Any], default: float) -> float:
+def server_time(answer: dict[str, Any]) -> float | None:
     """The service's own time, from the answer's Date header (whole seconds)."""
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-    if not date:
-        return default
-    return email.utils.parsedate_to_datetime(date).timestamp()
+    return email.utils.parsedate_to_datetime(date).timestamp() if date else None

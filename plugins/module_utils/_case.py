@@ -20,10 +20,10 @@ import json
 import os
 import secrets
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import _aws
+from . import _aws, _writer
 from ._control import Context
 from ._errors import Busy, FirebreakError, Refused, StoreUnavailable
 from ._store import Store, local_folder, open_store
@@ -32,6 +32,7 @@ RUN = "_run"
 NO_INCIDENT = "INC-0000-0000-000"
 FIRST = "0" * 64
 LARGE = 16 * 1024
+LONGEST = 300.0  # seconds: no control claims a stream for longer
 KINDS = frozenset(
     [
         "opened",
@@ -143,6 +144,13 @@ def advance(live: list[dict[str, Any]], seq: int, kind: str, body: dict[str, Any
     return live
 
 
+def refusals(before: dict[str, Any], kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What was refused and not done since, after one more entry: by task, what it is about."""
+    if kind == "refused" and "what" in body:
+        before = {**before, body["what"]: {"control": body["control"], "about": body["about"]}}
+    return {what: about for what, about in before.items() if what not in body.get("clears", ())}
+
+
 class Moved(Exception):
     """Somebody else wrote the entry that we were about to write."""
 
@@ -160,6 +168,7 @@ class Stream:
         self.resumed = False
         self.claimed_at = 0.0
         self.spooled: list[dict[str, Any]] = []
+        self.tried: dict[str, Any] = {}
 
     def load(self) -> None:
         """Find the newest entry: one LIST and one GET."""
@@ -191,26 +200,32 @@ class Stream:
     def live(self) -> list[dict[str, Any]]:
         return list(self.head.doc["live"]) if self.head else []
 
-    def claim(self, seconds: float) -> float:
-        """Until when nobody else begins, in the store's time. Our own deadline counts from the same moment."""
+    def claim(self, seconds: float) -> dict[str, Any]:
+        """Until when nobody else begins, in the store's time, and who we are. Our own deadline counts from the same moment."""
         self.claimed_at = self.case.context.clock()
-        return round(self.case.store.now() + seconds, 3)
+        return {"until": round(self.case.store.at_latest() + seconds, 3), "writer": _writer.me()}
 
-    def busy(self) -> bool:
-        """Whether the newest entry says that a writer may still be at work (S3; a file store holds a lock instead)."""
-        return (
-            self.head is not None
-            and self.head.kind in ("intent", "resumed")
-            and float(self.head.body.get("until", 0)) > self.case.store.now()
-        )
+    def claimed(self, locked: bool = False) -> float:
+        """For how many seconds, at most, another writer may be at work. Whoever holds a lock knows that none is, but for one
+        on this machine that lost the store, and with it the lock."""
+        if kept := _at_work(self):
+            return kept
+        if locked or self.head is None or self.head.kind not in ("intent", "resumed"):
+            return 0.0
+        if _writer.ended(self.head.body.get("writer")):
+            return 0.0
+        return max(0.0, float(self.head.body.get("until", 0)) - self.case.store.now())
 
-    def append(self, kind: str, body: dict[str, Any]) -> Entry:
-        """Write the next entry; ``Moved`` where somebody else was faster."""
+    def append(self, kind: str, body: dict[str, Any], kept: dict[str, Any] | None = None) -> Entry:
+        """Write the next entry; ``Moved`` where somebody else was faster. ``kept`` is what the spool knows of it."""
         seq = self.head.seq + 1 if self.head else 1
-        doc = self.case.document(self.name, seq, kind, body, self.head)
+        doc = self.case.document(self.name, seq, kind, body, self.head, kept)
         stored = self.case.deflate(doc)
+        # Where the store gives no answer, it may have taken the entry all the same: the spool keeps it under the same name.
+        self.tried = {"body": body, "nonce": doc["nonce"]}
         if not self.case.store.create(f"{self.folder}/{seq:08d}.json", canonical(stored)):
             raise Moved
+        self.tried = {}
         self.head = Entry(doc)
         return self.head
 
@@ -236,25 +251,33 @@ class Stream:
             with contextlib.suppress(Moved):  # another one took over: it is waited for
                 merge_spool(self)
                 if self.head is not None and self.head.kind in ("intent", "resumed"):
-                    self.append("resumed", {"of": self.head.seq, "until": self.claim(patience)})
+                    self.append("resumed", {"of": self.head.seq, **self.claim(patience)})
                     self.resumed = True
                 return False
 
     def reload(self, patience: float, locked: bool = False) -> None:
-        """Load the head, and wait while another machine's writer may be at work."""
-        give_up = self.case.context.clock() + 2 * patience + 5
+        """Load the head, and wait while another writer may be at work."""
         self.resumed = False
-        while True:
-            self.load()
-            if self.head is not None and self.head.kind == "closed":
-                raise Refused(f"incident_id: {self.case.id} is closed; open a new incident (firebreak_incident_new)")
-            if locked or not self.busy() or (self.head and self.head.run == self.case.context.run_id):
-                return
-            if self.case.context.clock() >= give_up:
+        self.wait(2 * patience + 5, locked)
+        if self.head is not None and self.head.kind == "closed":
+            raise Refused(f"incident_id: {self.case.id} is closed; open a new incident (firebreak_incident_new)")
+
+    def wait(self, seconds: float, locked: bool) -> None:
+        """Load the head until nobody else is at work; what is waited for is told once."""
+        context = self.case.context
+        give_up = context.clock() + seconds
+        self.load()
+        if left := self.claimed(locked):
+            run = self.head.run if self.head else ""
+            context.tell(f"{self.name}: run {run} may still be at work here; going on in {left:.0f} s at the latest")
+        while left := self.claimed(locked):
+            if context.clock() >= give_up:
                 raise Busy(
-                    "case_store: another run keeps writing for this host; wait for it to end, or end it, and try again"
+                    f"case_store: another run keeps writing for this host, for {left:.0f} s more; "
+                    "wait for it to end, or end it, and try again"
                 )
-            self.case.context.sleep(0.2)
+            context.sleep(0.2)
+            self.load()
 
 
 class Case:
@@ -271,7 +294,15 @@ class Case:
             return Stream(self, RUN)
         return Stream(self, encode_host(host) + (".evidence" if evidence else ""))
 
-    def document(self, stream: str, seq: int, kind: str, body: dict[str, Any], before: Entry | None) -> dict[str, Any]:
+    def document(
+        self,
+        stream: str,
+        seq: int,
+        kind: str,
+        body: dict[str, Any],
+        before: Entry | None,
+        kept: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         if kind not in KINDS:
             raise ValueError(f"no such kind of entry: {kind}")
         doc = {
@@ -287,8 +318,10 @@ class Case:
             "kind": kind,
             "body": body,
             "live": advance(list(before.doc["live"]) if before else [], seq, kind, body),
+            "refused": refusals(before.doc.get("refused", {}) if before else {}, kind, body),
             "prev": before.digest if before else FIRST,
             "nonce": secrets.token_hex(8),
+            **(kept or {}),
         }
         if self.context.secrets.found_in(doc):
             raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
@@ -324,17 +357,25 @@ class Case:
         if self.store.get("HALT") is not None:
             raise Refused("HALT stands in the case store: every run but release stops", guard="halt")
 
-    def record(self, stream_name: str, kind: str, body: dict[str, Any]) -> Entry:
-        """Add an entry that claims nothing, however many others write beside us."""
-        stream = self.stream(stream_name)
-        with self.store.exclusive(f"{self.id}/locks/{stream.name}", 30):
+    def record(self, stream_name: str, kind: str, body: dict[str, Any] | Callable[[], dict[str, Any]]) -> Entry:
+        """Add an entry that claims nothing, however many others write beside us. A body that tells what others wrote is made
+        once nobody else can write, and anew where somebody did."""
+        return self._record(Stream(self, stream_name), kind, body)
+
+    def keep(self, stream: Stream, kind: str, body: dict[str, Any]) -> Entry | None:
+        """The same; while the store is lost the entry goes to the spool."""
+        try:
+            return self._record(stream, kind, body)
+        except StoreUnavailable:
+            spool(stream, kind, body)
+            return None
+
+    def _record(self, stream: Stream, kind: str, body: dict[str, Any] | Callable[[], dict[str, Any]]) -> Entry:
+        with self.store.exclusive(f"{self.id}/locks/{stream.name}", 30) as locked:
             for attempt in range(60):
-                stream.load()
-                while stream.busy() and stream.head and stream.head.run != self.context.run_id:
-                    self.context.sleep(0.2)  # over an intent, an entry would hide that a writer is at work
-                    stream.load()
+                stream.wait(LONGEST, locked)  # over an intent, an entry would hide that a writer is at work
                 with contextlib.suppress(Moved):
-                    return stream.append(kind, body)
+                    return stream.append(kind, body() if callable(body) else body)
                 self.context.sleep(0.02 * (1 + attempt % 5))
         raise StoreUnavailable("case_store: too many writers at once; run the same command again")
 
@@ -381,37 +422,61 @@ def spool_folder(case: Case, stream: str) -> str:
     return os.path.join(local_folder(str(case.params.get("case_store"))), case.id, stream)
 
 
-def spool(stream: Stream, kind: str, body: dict[str, Any]) -> int:
-    """Keep an entry on this machine's disk, durably, until the store is back. Returns its number there."""
+def spool(stream: Stream, kind: str, body: dict[str, Any]) -> str:
+    """Keep an entry on this machine's disk, durably, until the store is back. Returns its name, by which others refer to it."""
     folder = spool_folder(stream.case, stream.name)
-    if stream.case.context.secrets.found_in(body):
+    context = stream.case.context
+    if context.secrets.found_in(body):
         raise FirebreakError("internal: an entry would hold a secret; it was not written", effect="none")
-    entry = {"kind": kind, "body": body, "time": stamp(stream.case.context.clock()), "run": stream.case.context.run_id}
+    nonce = stream.tried["nonce"] if stream.tried.get("body") is body else secrets.token_hex(8)
+    entry = {
+        "kind": kind,
+        "body": body,
+        "time": stamp(context.clock()),
+        "run": context.run_id,
+        "kept": {
+            "round": int(stream.case.params.get("round") or 1),
+            "phase": stream.case.params.get("phase"),
+            "actor": context.actor,
+            "nonce": nonce,
+        },
+    }
     try:
-        number = _keep(folder, canonical(entry))
+        _keep(folder, canonical(entry))
     except OSError as exc:
         code = errno.errorcode.get(exc.errno or 0, "OSError")
         raise StoreUnavailable(
             f"case_store: it is lost, and the spool {folder} takes no entry either ({code}); set FIREBREAK_SPOOL"
         ) from None
     stream.spooled.append(entry)
-    return number
+    return nonce
 
 
-def _keep(folder: str, data: bytes) -> int:
+def _keep(folder: str, data: bytes) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    number = max((int(name[:8]) + 1 for name in _kept(folder)), default=0)
-    unfinished = os.path.join(folder, f".{number:08d}-{secrets.token_hex(4)}")
+    unfinished = os.path.join(folder, f".{secrets.token_hex(8)}")
     with open(unfinished, "xb", opener=_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.link(unfinished, os.path.join(folder, f"{number:08d}.json"))
+    while True:
+        number = max((int(name[:8]) + 1 for name in _kept(folder)), default=0)
+        with contextlib.suppress(FileExistsError):  # another process of this machine has just kept one
+            os.link(unfinished, os.path.join(folder, f"{number:08d}.json"))
+            break
     os.unlink(unfinished)
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return number
+
+
+def _at_work(stream: Stream) -> float:
+    """Whether a process of this machine, which lost the store, is still at work for this stream."""
+    kept = _spooled_of(stream.case, stream.name)
+    if not kept or kept[-1]["kind"] not in ("intent", "resumed"):
+        return 0.0
+    writer = kept[-1]["body"].get("writer") or {}
+    return 0.0 if _writer.ended(writer) or writer.get("pid") == os.getpid() else 1.0
 
 
 def _kept(folder: str) -> list[str]:
@@ -433,13 +498,22 @@ def spooled(case: Case) -> list[str]:
 
 def spooled_entries(case: Case) -> dict[str, list[dict[str, Any]]]:
     """What is on this machine only, by stream, in its order."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for stream in spooled(case):
-        folder = spool_folder(case, stream)
-        for name in _kept(folder):
-            with open(os.path.join(folder, name), "rb") as file:
-                found.setdefault(stream, []).append(json.loads(file.read()))
-    return found
+    return {stream: _spooled_of(case, stream) for stream in spooled(case)}
+
+
+def _spooled_of(case: Case, stream: str) -> list[dict[str, Any]]:
+    folder = spool_folder(case, stream)
+    if not os.path.isdir(folder):
+        return []
+    return [entry for name in _kept(folder) if (entry := _spooled_entry(folder, name)) is not None]
+
+
+def _spooled_entry(folder: str, name: str) -> dict[str, Any] | None:
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            return dict(json.loads(file.read()))
+    except FileNotFoundError:  # another process of this machine has just brought it into the case
+        return None
 
 
 def merge_spools(case: Case) -> None:
@@ -448,33 +522,32 @@ def merge_spools(case: Case) -> None:
         stream = Stream(case, name)
         with (
             contextlib.suppress(Moved, Busy, StoreUnavailable),
-            case.store.exclusive(f"{case.id}/locks/{name}", 1),
+            case.store.exclusive(f"{case.id}/locks/{name}", 1) as locked,
         ):
             stream.load()
-            merge_spool(stream)
+            if not stream.claimed(locked):
+                merge_spool(stream)
 
 
-def merge_spool(stream: Stream) -> int:
-    """Bring spooled entries into the stream, in their order; each says when and where it was first kept."""
+def merge_spool(stream: Stream) -> None:
+    """Bring spooled entries into the stream, in their order, once; each says when and by which run it was first kept."""
     folder = spool_folder(stream.case, stream.name)
-    if not os.path.isdir(folder):
-        return 0
-    moved: dict[int, int] = {}
-    names = _kept(folder)
+    names = _kept(folder) if os.path.isdir(folder) else []
+    if not names:
+        return
+    # An entry may be there already: its answer was lost, or a merge was cut off.
+    newest = stream.head.seq if stream.head else 0
+    there = {entry.doc["nonce"]: entry.seq for entry in (stream.entry(seq) for seq in range(1, newest + 1))}
     for name in names:
-        try:
-            with open(os.path.join(folder, name), "rb") as file:
-                entry = json.loads(file.read())
-        except FileNotFoundError:  # another process of this machine has just brought it in
+        entry = _spooled_entry(folder, name)
+        if entry is None:
             continue
-        body = {**entry["body"], "spooled": {"time": entry["time"], "run": entry["run"], "number": int(name[:8])}}
-        if isinstance(body.get("of"), str):
-            # After a merge that was cut off, the intent is the newest one that is still open.
-            opened = [item["seq"] for item in stream.live if item["state"] == "open"]
-            body["of"] = moved.get(int(body["of"]), opened[-1] if opened else None)
-        already = stream.head is not None and stream.head.body.get("spooled") == body["spooled"]
-        written = stream.head if already and stream.head else stream.append(entry["kind"], body)
-        moved[int(name[:8])] = written.seq
+        nonce = entry["kept"]["nonce"]
+        if nonce not in there:
+            body = {**entry["body"], "spooled": {"time": entry["time"], "run": entry["run"]}}
+            body.pop("until", None)  # it was counted by another clock than the store's, and its writer has ended
+            if isinstance(body.get("of"), str):
+                body["of"] = there.get(body["of"])
+            there[nonce] = stream.append(entry["kind"], body, entry["kept"]).seq
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, name))
-    return len(names)

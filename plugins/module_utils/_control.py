@@ -37,6 +37,7 @@ class Context:
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     deadline: float = 0.0
+    tell: Callable[[str], None] = lambda line: None  # a line for the person who waits
 
     def secret(self, value: Any) -> Any:
         return self.secrets.add(value)

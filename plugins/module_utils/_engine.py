@@ -26,7 +26,6 @@ from ._store import attempt
 PATIENCE = {"SEV-1": 120.0}
 PATIENCE_ELSE = 900.0
 UNATTENDED_AN_HOUR = 25
-GUARD_SECONDS = 2.0
 
 COMMON: dict[str, Any] = {
     "case_store": {"type": "str"},
@@ -85,6 +84,22 @@ def told_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
     return {name: f"{len(value)} in number" if name in private else value for name, value in options.items()}
 
 
+def about(control: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """What a task is about, however the rest of it is corrected: what it cannot do without, and the state that it brings about."""
+    options = control.spec.get("argument_spec", {})
+    private = getattr(control, "private", ())
+    needed = [name for name in own_options(control, params) if options[name].get("required") and name not in private]
+    return {name: params[name] for name in [*needed, *(["state"] if "state" in options else [])]}
+
+
+def same_matter(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two tasks of a control are about the same: a list of which one entry was taken out still is."""
+    if one.keys() != other.keys():
+        return False
+    pairs = [(one[name], other[name]) for name in one]
+    return all(not {*a}.isdisjoint(b) if isinstance(a, list | dict) and a and b else a == b for a, b in pairs)
+
+
 def identity(control: Any, params: dict[str, Any]) -> str:
     """The same task of the same control, whichever run it is in."""
     return hashlib.sha256(canonical([control.name, own_options(control, params)])).hexdigest()[:16]
@@ -99,6 +114,7 @@ class Task:
     context: Context
     glass: dict[str, str]
     case: Case | None = None
+    patience_from: float = 0.0
 
     @property
     def host(self) -> str:
@@ -215,35 +231,42 @@ def guard(task: Task, plan: Plan, journal: Journal | None) -> list[dict[str, str
     return overridden
 
 
+class Awaited(Exception):
+    """What a plan would destroy is being exported: it is waited for, by whoever holds nothing meanwhile."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+
 def _evidence_first(task: Task, plan: Plan) -> list[dict[str, str]]:
     """What is evidence is not destroyed before it is exported; but a hanging export does not keep the thief's session alive."""
     references = list(task.params.get("evidence") or [])
-    wait_until: float | None = None
-    while True:
-        try:
-            missing = task.context.evidence.missing(plan.destroys, references)
-        except StoreUnavailable:  # who has broken the glass does not wait for the store
-            if "evidence" not in task.glass:
-                raise
-            missing = sorted(plan.destroys)
-        if not missing:
-            return []
-        if "evidence" in task.glass:
-            return [{"guard": "evidence", "reason": task.glass["evidence"]}]
-        begun = task.context.evidence.begun(references)
-        if begun is None:
-            raise Refused(
-                f"evidence: {', '.join(missing)} would be destroyed before being exported; run the phase preserve first, "
-                "or give break glass for evidence",
-                guard="evidence",
-            )
-        if wait_until is None:
-            since, severity = begun
-            patience = task.params.get("evidence_patience")
-            wait_until = since + (PATIENCE.get(severity, PATIENCE_ELSE) if patience is None else float(patience))
-        if task.context.clock() >= wait_until:
-            return [{"guard": "evidence", "reason": f"by clock: {', '.join(missing)} not exported in time"}]
-        task.context.sleep(0.5)
+    try:
+        missing = task.context.evidence.missing(plan.destroys, references)
+    except StoreUnavailable:  # who has broken the glass does not wait for the store
+        if "evidence" not in task.glass:
+            raise
+        missing = sorted(plan.destroys)
+    if not missing:
+        return []
+    if "evidence" in task.glass:
+        return [{"guard": "evidence", "reason": task.glass["evidence"]}]
+    begun = task.context.evidence.begun(references)
+    if begun is None or task.case is None:
+        raise Refused(
+            f"evidence: {', '.join(missing)} would be destroyed before being exported; run the phase preserve first, "
+            "or give break glass for evidence",
+            guard="evidence",
+        )
+    since, severity = begun
+    patience = task.params.get("evidence_patience")
+    patience = PATIENCE.get(severity, PATIENCE_ELSE) if patience is None else float(patience)
+    # Another machine's clock said when it began: where that is ahead of ours, nobody waits for longer all the same.
+    task.patience_from = min(task.patience_from, since) if task.patience_from else min(task.case.store.now(), since)
+    if task.case.store.now() >= task.patience_from + patience or task.context.check_mode:
+        return [{"guard": "evidence", "reason": f"by clock: {', '.join(missing)} not exported in time"}]
+    raise Awaited(plan)
 
 
 def _unattended_rate(case: Case) -> None:
@@ -312,13 +335,13 @@ class Journal:
         return quiet
 
     def write(self, kind: str, body: dict[str, Any]) -> int | str:
-        """Returns the entry's number: in the stream, or (a text) in the spool."""
+        """Returns the entry's number in the stream, or (a text) its name in the spool."""
         if not self.lost:
             try:
                 return self.stream.append(kind, body).seq
             except StoreUnavailable:
                 self.lost = True
-        return str(_case.spool(self.stream, kind, body))
+        return _case.spool(self.stream, kind, body)
 
     def catch_up(self) -> None:
         """Somebody else wrote: find the newest entry again."""
@@ -350,42 +373,56 @@ class Action:
         self.outcomes: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
-        task = self.task
-        with contextlib.ExitStack() as stack:
-            journal = Journal(task, stack, releasing=self.releases is not None)
-            read = self._read_beside(journal)
-            for _attempt in range(20):
-                try:
-                    plan, overridden = self._decide(journal, read)
-                    if not plan.changes:
-                        return self._nothing_to_do(journal, plan)
-                    of = self._intent(journal, plan, overridden)
-                    break
-                except Moved:
-                    # Another machine was faster. What it did is read, and planned, again.
-                    read = None
-                    journal.stream.reload(task.seconds)
-                except Refused as refusal:
-                    if not journal.lost:
-                        body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
-                        self._outcome(journal, "refused", body)
-                    raise
-            else:
-                raise FirebreakError(
-                    "case_store: too many writers for this host at once; run the same command again", effect="none"
-                )
-            return self._carry_out(journal, plan, of)
-
-    def _decide(self, journal: Journal, read: Callable[[], Facts] | None) -> tuple[Plan, list[dict[str, str]]]:
-        """The plan, and what was overridden for it. What was read before a wait for the evidence is read again."""
         while True:
-            plan = decide(self.task, self.client, read)
-            self._needs_store(journal, plan)
-            began = self.task.context.clock()
-            overridden = guard(self.task, plan, journal)
-            if self.task.context.clock() - began < GUARD_SECONDS:
-                return plan, overridden
-            read = None
+            with contextlib.ExitStack() as stack:
+                journal = Journal(self.task, stack, releasing=self.releases is not None)
+                try:
+                    return self._under(journal)
+                except Awaited as awaited:
+                    plan = awaited.plan
+            self._await_evidence(plan)
+
+    def _await_evidence(self, plan: Plan) -> None:
+        """Wait for an export, while others may write for this host; then everything is looked at anew."""
+        context = self.task.context
+        context.tell(f"{self.task.control.name} on {self.task.host} waits for the evidence that it would destroy")
+        while True:
+            context.sleep(0.5)
+            try:
+                _evidence_first(self.task, plan)
+                return
+            except Awaited:
+                continue
+            except FirebreakError:  # it is told by whoever looks anew
+                return
+
+    def _under(self, journal: Journal) -> dict[str, Any]:
+        task = self.task
+        read = self._read_beside(journal)
+        for _attempt in range(20):
+            try:
+                plan = decide(task, self.client, read)
+                self._needs_store(journal, plan)
+                overridden = guard(task, plan, journal)
+                if not plan.changes:
+                    return self._nothing_to_do(journal, plan)
+                of = self._intent(journal, plan, overridden)
+                break
+            except Moved:
+                # Another machine was faster. What it did is read, and planned, again.
+                read = None
+                journal.stream.reload(task.seconds)
+            except Refused as refusal:
+                if not journal.lost:
+                    body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
+                    body |= {"what": identity(task.control, task.params), "about": about(task.control, task.params)}
+                    self._outcome(journal, "refused", body)
+                raise
+        else:
+            raise FirebreakError(
+                "case_store: too many writers for this host at once; run the same command again", effect="none"
+            )
+        return self._carry_out(journal, plan, of)
 
     def _read_beside(self, journal: Journal) -> Callable[[], Facts] | None:
         """Read while the journal settles: after the newest entry was listed, so that an entry of anybody else's refuses ours."""
@@ -404,14 +441,30 @@ class Action:
     def _nothing_to_do(self, journal: Journal, plan: Plan) -> dict[str, Any]:
         left = None if journal.lost else journal.unconfirmed()
         item = None if journal.lost else journal.live_item()
+        clears = self._clears(journal)
         if left is not None:
-            self._outcome(journal, "done", {"of": left.seq, "outcome": "verified", "recovered": True})
+            self._outcome(journal, "done", {"of": left.seq, "outcome": "verified", "recovered": True, **clears})
         elif item is not None and item["state"] in ("applied", "failed") and "releases" not in item:
-            self._outcome(journal, "done", {"of": item["seq"], "outcome": "verified", "settled": True})
+            self._outcome(journal, "done", {"of": item["seq"], "outcome": "verified", "settled": True, **clears})
+        elif clears:
+            self._outcome(journal, "note", {"text": f"{self.task.control.name}: there is nothing left to do", **clears})
         result = result_of(self.task, plan, "ok")
         if item is not None and "at" in item:
             result["since"] = _case.stamp(float(item["at"]))
         return self._with_spool(journal, result)
+
+    def _clears(self, journal: Journal) -> dict[str, list[str]]:
+        """What was refused before, and is done now."""
+        task, head = self.task, journal.stream.head
+        if journal.lost or head is None:
+            return {}
+        what, ours = identity(task.control, task.params), about(task.control, task.params)
+        found = [
+            refused
+            for refused, one in head.doc.get("refused", {}).items()
+            if refused == what or (one["control"] == task.control.name and same_matter(one["about"], ours))
+        ]
+        return {"clears": found} if found else {}
 
     def _intent(self, journal: Journal, plan: Plan, overridden: list[dict[str, str]]) -> int | str:
         """Write down what will be done and how to undo it; carry on under an open intent that says the same."""
@@ -420,7 +473,7 @@ class Action:
         left = None if journal.lost else journal.unconfirmed()
         if left is not None and canonical(left.body["changes"]) == canonical(changes):
             if not journal.stream.resumed:
-                self._begin(journal, plan, "resumed", {"of": left.seq, "until": journal.stream.claim(task.seconds)})
+                self._begin(journal, plan, "resumed", {"of": left.seq, **journal.stream.claim(task.seconds)})
             return left.seq
         for override in overridden:
             journal.write("override", {"control": task.control.name, **override})
@@ -437,7 +490,7 @@ class Action:
             "expires": task.params.get("expires"),
             "on_expiry": task.params.get("on_expiry"),
             "at": now,
-            "until": journal.stream.claim(task.seconds),
+            **journal.stream.claim(task.seconds),
         }
         if left is not None:
             body["continues"] = left.seq
@@ -475,7 +528,8 @@ class Action:
             msg = facts.pop("msg")
             raise error(msg, **self._with_spool(journal, {**result_of(task, plan, "failed"), **facts})) from None
         made = {"manifests": task.context.evidence.digests()} if control.evidence else {}
-        self._outcome(journal, "done", {"of": of, "outcome": outcome, "outcomes": self.outcomes, **made})
+        body = {"of": of, "outcome": outcome, "outcomes": self.outcomes, **made, **self._clears(journal)}
+        self._outcome(journal, "done", body)
         return self._with_spool(journal, {**result_of(task, plan, outcome), "outcomes": self.outcomes})
 
     def _one(self, number: int, change: Change) -> None:
@@ -633,26 +687,27 @@ def run_gate(gate: Any, params: dict[str, Any], context: Context) -> dict[str, A
             if held or now >= give_up:
                 break
             context.sleep(float(task.params.get("interval") or 1))
+    failing = [f"{check['name']}: {check.get('why') or 'failed'}" for check in seen["checks"] if not check["passed"]]
+    if not held and not failing:
+        failing = [f"every check passed at last, but not for the {task.params['for_seconds']:g} s asked for"]
     body = {
         "control": gate.name,
         "passed": held,
+        "why": "; ".join(failing),
         "seconds": round(context.clock() - started, 3),
         "checks": seen["checks"],
     }
-    if not context.check_mode and task.case is not None:
-        name = task.case.stream(task.host).name
-        with contextlib.suppress(StoreUnavailable):
-            task.case.record(name, "check", body)
     result = {
         "changed": False,
         "incident_id": task.params.get("incident_id"),
-        **{k: v for k, v in body.items() if k != "control"},
+        **{k: v for k, v in body.items() if k not in ("control", "why")},
     }
+    if not context.check_mode and task.case is not None:
+        stream = task.case.stream(task.host)
+        if task.case.keep(stream, "check", body) is None:
+            result["spooled"] = stream.spooled
     if not held:
-        failing = "; ".join(
-            f"{check['name']}: {check.get('why') or 'failed'}" for check in seen["checks"] if not check["passed"]
-        )
-        raise FirebreakError(f"{gate.name} on {task.host}: {failing}", effect="none", **result)
+        raise FirebreakError(f"{gate.name} on {task.host}: {body['why']}", effect="none", **result)
     return result
 
 

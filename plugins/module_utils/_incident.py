@@ -158,7 +158,7 @@ def next_id(store: Store) -> str:
 
 def _write_opened(case: Case, key: str, params: dict[str, Any], context: Context) -> bool | None:
     """True: opened here. False: somebody else did, for this key. None: the number went to another key."""
-    now = context.clock()
+    now = case.store.at_latest()  # what is revoked began before it: by the clock of the store, where it has one
     expires = datetime.datetime.fromtimestamp(now, datetime.UTC) + datetime.timedelta(days=EXPIRES_DAYS)
     severity = severity_of(params.get("severity"), params["type"])
     body = {
@@ -209,7 +209,7 @@ def begin_round(case: Case, state: dict[str, Any], number: int) -> bool:
         )
     if case.context.check_mode:
         return True
-    at = case.context.clock()
+    at = case.store.at_latest()
     case.record(RUN, "note", {"text": f"round {number} begins", "begins_round": number, "at": at})
     state["rounds"][str(number)] = at
     return True

@@ -101,13 +101,14 @@ def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
 
     for entry in entries:
         body = entry.body
+        for what in body.get("clears", ()):
+            last.pop(f"refused {what}", None)
         intent = intents.get(body.get("of", 0))
         if entry.kind == "intent":
             is_open(body["what"], body["control"], "unconfirmed", "no outcome was recorded")
         elif entry.kind == "done" and intent is not None:
             outcomes[body["of"]] = body
             last.pop(intent["what"], None)
-            last.pop(f"refused {intent['control']}", None)
             if body.get("outcome") == "applied":
                 is_open(intent["what"], intent["control"], "applied", "not yet verified")
         elif entry.kind == "failed" and intent is not None:
@@ -117,12 +118,11 @@ def _collect(result: dict[str, Any], host: str, entries: list[Entry]) -> None:
             role = str(body.get("role"))
             is_open(f"role {role}", role, "failed", body.get("why", ""), role=role)
         elif entry.kind == "refused":
-            is_open(f"refused {body['control']}", body["control"], "refused", body["why"])
+            is_open(f"refused {body['what']}", body["control"], "refused", body["why"])
         elif entry.kind == "check":
             last.pop(f"check {body['control']}", None)
             if not body["passed"]:
-                failing = ", ".join(check["name"] for check in body["checks"] if not check["passed"])
-                is_open(f"check {body['control']}", body["control"], "failed", failing)
+                is_open(f"check {body['control']}", body["control"], "failed", body["why"])
         elif entry.kind == "note" and "recovered" in body:
             last.pop(f"role {body['recovered']}", None)
         elif entry.kind == "override":

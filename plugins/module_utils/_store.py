@@ -18,6 +18,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import tempfile
 import threading
 import time
@@ -31,6 +32,8 @@ from ._errors import Busy, Refused, StoreUnavailable
 
 BLOCK = 1 << 20
 SILENCE_SECONDS = 30
+CLAIMS = "keys"
+IN_A_CASE = re.compile(r"INC-(?!0000)[^/]+")
 
 
 def local_folder(store: str) -> str:
@@ -63,6 +66,8 @@ class FileStore:
     def now(self) -> float:
         return self._context.clock()
 
+    at_latest = now
+
     def beside(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """A disk answers at once: it is asked when the answer is wanted."""
         return call
@@ -73,6 +78,7 @@ class FileStore:
             try:
                 return sorted(name for name in os.listdir(self.folder / prefix) if not name.startswith("."))
             except FileNotFoundError:
+                self._expect(prefix)
                 return []
 
     def walk(self, prefix: str) -> list[str]:
@@ -87,11 +93,13 @@ class FileStore:
             try:
                 return (self.folder / key).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
+                self._expect(key)
                 return None
 
     def create(self, key: str, data: bytes) -> bool:
         """Write a new key. False where it exists with other content; the same content again is a success."""
         with self._errors("write"):
+            self._expect(key)
             target = self.folder / key
             _make_folder(target.parent)
             # link(2) fails where the name exists. O_EXCL would leave an empty entry after a kill between open and write.
@@ -113,6 +121,7 @@ class FileStore:
     def put_file(self, key: str, source: BinaryIO) -> None:
         """Copy a file in, whole or not at all. An artefact's key names its content's hash, so an existing one is the same."""
         with self._errors("write"):
+            self._expect(key)
             target = self.folder / key
             _make_folder(target.parent)
             with self._temporary(target.parent) as (name, stream):
@@ -138,6 +147,7 @@ class FileStore:
     def exclusive(self, key: str, patience: float) -> Iterator[bool]:
         """Hold the only writer's lock. The kernel frees it when its holder dies."""
         with self._errors("lock"):
+            self._expect(key)
             _make_folder((self.folder / key).parent)
             descriptor = os.open(self.folder / key, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -160,6 +170,15 @@ class FileStore:
             yield True
         finally:
             os.close(descriptor)
+
+    def _expect(self, key: str) -> None:
+        """Where there is a case, there is a claim of one. A folder without is a file system that is not mounted: nothing is
+        written into it that would lie hidden below, once it is mounted again."""
+        case = IN_A_CASE.match(key)
+        if case and not any((self.folder / name).is_dir() for name in (case[0], CLAIMS)):
+            raise StoreUnavailable(
+                f"case_store: {self.folder} holds no case; mount the file system, or check firebreak_case_store"
+            )
 
     @contextlib.contextmanager
     def _temporary(self, folder: pathlib.Path) -> Iterator[tuple[str, BinaryIO]]:
@@ -208,13 +227,18 @@ class S3Store:
     def __init__(self, place: _aws.S3Place, params: dict[str, Any], context: Context) -> None:
         self._place = place
         self._context = context
-        self._offset = 0.0
+        # How far the store's clock is ahead of ours, at least and at most.
+        self._ahead = (0.0, 0.0)
         self._silence = os.path.join(local_folder(str(params.get("case_store"))), f"silent-{context.run_id}")
         self._s3 = _aws.s3_client(place, params, context)
 
     def now(self) -> float:
-        """The store's time, as its last answer told it; one clock for all machines, to the second."""
-        return self._context.clock() + self._offset
+        """The store's time, as its last answer told it: one clock for all machines. It is this late at least."""
+        return self._context.clock() + self._ahead[0]
+
+    def at_latest(self) -> float:
+        """The same; it is no later than this. A claim that ends then has ended for whoever asks ``now``."""
+        return self._context.clock() + self._ahead[1]
 
     def beside(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Ask now and wait later. A daemon thread, so that a store that hangs keeps no worker from ending."""
@@ -328,6 +352,7 @@ class S3Store:
             raise StoreUnavailable(
                 "case_store: it has just given no answer in this run; repair it and run the same command again"
             )
+        asked = self._context.clock()
         try:
             answer = _aws.call(self._s3, operation, Bucket=self._place.bucket, **arguments)
         except _aws.Answer as failure:
@@ -339,7 +364,9 @@ class S3Store:
         except StoreUnavailable:
             self._note_silence()
             raise
-        self._offset = _aws.server_time(answer, self._context.clock()) - self._context.clock()
+        told = _aws.server_time(answer)
+        if told is not None:  # in whole seconds, at some moment between question and answer
+            self._ahead = (told - self._context.clock(), told + 1 - asked)
         return answer
 
 

@@ -18,12 +18,14 @@ from ._incident import entries_of, shown_in_view
 
 def seal(case: Case, begins: str | None = None) -> Entry:
     """Name the heads of all streams in one entry; its number is the turn. A phase may begin with it."""
-    heads = {name: [entry.seq, entry.digest] for name, entry in case.heads().items()}
-    heads.pop(RUN, None)
-    turns = [entry.body["turn"] for entry in entries_of(case, RUN) if entry.kind == "seal"]
-    return case.record(
-        RUN, "seal", {"turn": max(turns, default=0) + 1, "heads": heads, "begins": begins, "at": case.context.clock()}
-    )
+
+    def body() -> dict[str, Any]:
+        heads = {name: [entry.seq, entry.digest] for name, entry in case.heads().items()}
+        heads.pop(RUN, None)
+        turns = [entry.body["turn"] for entry in entries_of(case, RUN) if entry.kind == "seal"]
+        return {"turn": max(turns, default=0) + 1, "heads": heads, "begins": begins, "at": case.store.now()}
+
+    return case.record(RUN, "seal", body)
 
 
 def turn_of(seals: list[dict[str, Any]], stream: str, seq: int) -> int:

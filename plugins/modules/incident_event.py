@@ -78,6 +78,7 @@ incident_id:
   sample: INC-2026-1120-001
 """
 
+import contextlib
 from typing import Any
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case, _incident, _verify
@@ -141,21 +142,16 @@ def _failed(case: _case.Case, params: dict[str, Any], context: Context) -> dict[
     """The last word on a role that failed, unless the engine has spoken in this run."""
     stream = case.stream(str(params["host"]))
     body = {"role": params["role"], "why": params["text"] or "see the task's output"}
-    try:
-        return _told(case, stream, body, context)
-    except StoreUnavailable:
-        _case.spool(stream, "failed", body)
-        return {"changed": True, "entry": "", "digest": "", "spooled": stream.spooled}
-
-
-def _told(case: _case.Case, stream: _case.Stream, body: dict[str, str], context: Context) -> dict[str, Any] | None:
     for name in (stream.name, f"{stream.name}.evidence"):
         one = _case.Stream(case, name)
-        one.load()
+        with contextlib.suppress(StoreUnavailable):
+            one.load()
         told = one.head is not None and one.head.run == context.run_id and one.head.kind in ("failed", "refused")
         if told and one.head is not None and str(one.head.body.get("why")) in body["why"]:
             return None
-    entry = case.record(stream.name, "failed", body)
+    entry = case.keep(stream, "failed", body)
+    if entry is None:
+        return {"changed": True, "entry": "", "digest": "", "spooled": stream.spooled}
     return {"changed": True, "entry": f"{stream.name}/{entry.seq}", "digest": entry.digest}
 
 

@@ -120,6 +120,7 @@ class ControlAction(ActionBase):
             actor=actor(),
             run_id=os.environ.get("FIREBREAK_RUN") or RUN_ID,
             host=HostConnection(self),
+            tell=Display().display,
         )
         for value in hidden:
             context.secret(value)

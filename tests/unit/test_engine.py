@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import http.server
@@ -31,7 +32,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import (
     _store,
     _verify,
 )
-from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
+from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control, Gate
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import (
     FirebreakError,
     Refused,
@@ -1004,3 +1005,310 @@ def test_who_is_not_told_and_who_is_not_looked_at_stays_open(params: dict[str, A
 
 def case_in(folder: pathlib.Path) -> str:
     return next(entry.name for entry in (folder / "cases").iterdir() if entry.name.startswith("INC-"))
+
+
+# --- what was refused stays open until the same is done
+
+
+NAMED = dataclasses.replace(
+    CONTROL,
+    spec={
+        "argument_spec": {
+            "names": {"type": "list", "elements": "str", "required": True},
+            "value": {"type": "str"},
+        }
+    },
+)
+
+
+def still_open(options: dict[str, Any]) -> list[str]:
+    return [one["state"] for one in _status.status(case_of(options))["open"]]
+
+
+@pytest.mark.parametrize(
+    ("later", "left"),
+    [
+        ({}, []),  # the same command, once it is allowed
+        ({"names": ["a"]}, []),  # what may not be covered was taken out of the list
+        ({"names": ["d"]}, ["refused"]),  # something else of the same control
+    ],
+)
+@pytest.mark.parametrize("already", [False, True])
+def test_a_refusal_is_over_when_the_same_is_done(
+    ready: dict[str, Any], later: dict[str, Any], left: list[str], already: bool
+) -> None:
+    assert "protected" in run(NAMED, {**ready, "protected": {"roles": ["b"]}})["msg"]
+    assert still_open(ready) == ["refused"]
+    if already:  # somebody else did it: there is nothing left to do
+        SERVICE.file.write_text(json.dumps(dict.fromkeys("abcd", "x")))
+    assert run(NAMED, {**ready, **later})["outcome"] == ("ok" if already else "verified")
+    assert still_open(ready) == left
+    assert not run(NAMED, {**ready, **later})["changed"]
+    assert kinds(ready).count("note") == int(already and not left)
+
+
+def test_waiting_for_the_evidence_keeps_nobody_else_of_the_host_waiting(ready: dict[str, Any]) -> None:
+    event(ready, "seal", begins="preserve")
+    waiting = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if not waiting.is_set():
+            waiting.set()
+            other.append(go(ready, names=["other"], value="y"))
+        time.sleep(0.01)
+
+    def destroying(params: dict[str, Any], facts: dict[str, Any]) -> Plan:
+        return dataclasses.replace(plan(params, facts), destroys=("sessions",))
+
+    other: list[dict[str, Any]] = []
+    own = {**ready, "evidence": ["r1/1/sessions.csv"], "evidence_patience": 0.5}
+    context = Context(run_id="waits", sleep=sleep)
+    assert _engine.execute(dataclasses.replace(CONTROL, plan=destroying), own, context)["changed"]
+    assert other[0].get("changed"), other
+    assert kinds(ready) == ["intent", "done", "override", "intent", "done"]
+
+
+# --- who is waited for
+
+
+@pytest.mark.usefixtures("lockless")
+def test_another_task_of_the_same_run_is_waited_for(ready: dict[str, Any]) -> None:
+    """Two hosts of one run hand a secret to the same consumer."""
+    control = dataclasses.replace(CONTROL, apply=slow_apply)
+    results = side_by_side(*(lambda n=n: run(control, {**ready, "value": n}, "one") for n in ("x", "y")))
+    assert [result["changed"] for result in results] == [True, True], results
+    assert kinds(ready) == ["intent", "done", "intent", "done"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_who_died_on_this_machine_is_not_waited_for(ready: dict[str, Any]) -> None:
+    child = os.fork()
+    if child == 0:
+        go_on = dataclasses.replace(CONTROL, apply=lambda *_args: os._exit(9))
+        run(go_on, ready)
+        os._exit(0)
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT) is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    assert go(ready)["changed"]  # though nobody has taken note of the end yet
+    os.waitpid(child, 0)
+    assert go(ready)["outcome"] == "ok" and time.monotonic() - began < 5
+    assert kinds(ready) == ["intent", "resumed", "done"]
+
+
+@pytest.mark.usefixtures("lockless")
+def test_who_waits_for_another_machine_is_told_for_how_long(ready: dict[str, Any]) -> None:
+    stream = case_of(ready).stream("r1")
+    writer = {"machine": "another", "pid": 1, "began": "1"}
+    until = time.time() + 60
+    body = {"control": "register", "what": "else", "changes": [], "at": 0, "until": until, "writer": writer}
+    stream.append("intent", body)
+    told: list[str] = []
+    slept: list[float] = []
+    context = Context(run_id="w", tell=told.append, sleep=slept.append, clock=lambda: time.time() + 10 * len(slept))
+    assert _engine.execute(CONTROL, ready, context)["changed"]
+    assert len(told) == 1 and "r1" in told[0] and "run reader" in told[0] and " 60 s" in told[0], told
+    assert 5 <= len(slept) <= 7
+
+
+def test_a_dead_runs_claim_by_a_clock_that_is_ahead_keeps_nobody_waiting(ready: dict[str, Any]) -> None:
+    """The lock proves that nobody is at work, whatever the claim says."""
+    stream = case_of(ready).stream("r1")
+    stream.append(
+        "intent", {"control": "register", "what": "else", "changes": [], "at": 0, "until": time.time() + 3600}
+    )
+    began = time.monotonic()
+    case_of(ready).record("r1", "note", {"text": "x"})
+    assert go(ready)["changed"] and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("how", ["with locks", "without"])
+def test_no_two_seals_have_one_turn(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "without":
+        monkeypatch.setattr(_store.FileStore, "exclusive", _store.S3Store.exclusive)
+    real, both = _verify.entries_of, threading.Barrier(2)
+
+    def entries_of(case: _case.Case, stream: str) -> list[Any]:
+        seen = real(case, stream)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return seen
+
+    monkeypatch.setattr(_verify, "entries_of", entries_of)
+    side_by_side(*(lambda: event(ready, "seal") for _number in range(2)))
+    turns = [seal["turn"] for seal in _incident.fold(_incident.entries_of(case_of(ready), "_run"))["seals"]]
+    assert turns == [1, 2]
+
+
+@pytest.mark.parametrize("host", ["db/1", "::1", "x.evidence", "a%b"])
+def test_a_release_is_recorded_in_the_stream_of_its_host(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    options = {**ready, "host": host}
+    go(options)
+    undo(options, monkeypatch)
+    assert case_of(options).streams().keys() == {"_run", _case.encode_host(host)}
+    assert not undo(options, monkeypatch)["changed"]
+
+
+# --- the store is gone, and the spool
+
+
+def test_a_file_system_that_is_not_mounted_is_a_lost_store(ready: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """Nothing is written into the folder below, where it would be hidden afterwards."""
+    os.rename(tmp_path / "cases", tmp_path / "unmounted")
+    (tmp_path / "cases").mkdir()
+    assert [entry["kind"] for entry in go(ready)["spooled"]] == ["intent", "done"]
+    assert list((tmp_path / "cases").iterdir()) == []
+    assert "holds no case" in event(ready, "note", text="x")["msg"]
+    (tmp_path / "cases").rmdir()
+    os.rename(tmp_path / "unmounted", tmp_path / "cases")
+    assert not go(ready)["changed"] and kinds(ready) == ["intent", "done"]
+
+
+def gone(*_args: Any, **_kwargs: Any) -> Any:
+    raise StoreUnavailable("case_store: gone")
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_an_entry_whose_answer_was_lost_is_not_written_again(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    real = _store.FileStore.create
+    count = 0
+
+    def create(store: _store.FileStore, key: str, data: bytes) -> bool:
+        nonlocal count
+        count += 1
+        if count > lost:
+            gone()
+        answer = real(store, key, data)
+        return answer if count < lost else gone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_store.FileStore, "create", create)
+        result = go(ready)
+    assert result["changed"] and len(result["spooled"]) == 3 - lost
+    assert not go(ready)["changed"]
+    assert kinds(ready) == ["intent", "done"] and _verify.verify(case_of(ready))["valid"]
+    assert [item["state"] for item in head_of(ready).doc["live"]] == ["verified"]
+
+
+def head_of(options: dict[str, Any]) -> _case.Entry:
+    stream = case_of(options).stream("r1")
+    stream.load()
+    assert stream.head is not None
+    return stream.head
+
+
+def without_store(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **more: Any) -> dict[str, Any]:
+    with monkeypatch.context() as patch:
+        for name in ("names", "get", "create"):
+            patch.setattr(_store.FileStore, name, gone)
+        return go(options, **more)
+
+
+@pytest.mark.usefixtures("lockless")
+def test_of_two_that_bring_in_one_spool_none_doubles_an_entry(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("x", "y"):
+        without_store(ready, monkeypatch, value=value)
+    side_by_side(*(lambda: _case.merge_spools(case_of(ready)) for _number in range(4)))
+    _case.merge_spools(case_of(ready))
+    assert kinds(ready) == ["intent", "done"] * 2 and _case.spooled(case_of(ready)) == []
+
+
+def test_a_merge_that_was_cut_off_doubles_nothing(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry was brought in, its file was not removed yet, and others wrote since."""
+    without_store(ready, monkeypatch)
+    folder = pathlib.Path(_case.spool_folder(case_of(ready), "r1"))
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    _case.merge_spools(case_of(ready))
+    case_of(ready).record("r1", "note", {"text": "since"})
+    for name, data in kept.items():
+        (folder / name).write_bytes(data)
+    _case.merge_spools(case_of(ready))
+    assert kinds(ready) == ["intent", "done", "note"] and _case.spooled(case_of(ready)) == []
+
+
+def test_twenty_keep_an_entry_at_once(ready: dict[str, Any]) -> None:
+    def keep(number: int) -> dict[str, Any]:
+        stream = case_of(ready).stream("r1")
+        return {"nonce": _case.spool(stream, "note", {"text": str(number)})}
+
+    results = side_by_side(*(lambda n=n: keep(n) for n in range(20)))
+    assert len(results) == len(_case.spooled_entries(case_of(ready))["r1"]) == 20
+
+
+def test_what_was_kept_says_when_and_by_whom(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the round and the phase of whoever brings it in."""
+    without_store({**ready, "phase": "fence"}, monkeypatch)
+    _case.merge_spools(case_of({**ready, "round": 2, "phase": "identify"}))
+    entry = case_of(ready).stream("r1").entry(1)
+    assert (entry.doc["round"], entry.doc["phase"], entry.doc["actor"]) == (1, "fence", "tester")
+    assert "until" not in entry.body, "it was counted by another clock"
+
+
+def test_whoever_lost_the_store_is_waited_for_when_it_is_back(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no lock and no claim any more, and is still at work on the same machine."""
+    started, goes_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+
+        def slow(client: Register, params: dict[str, Any], change: Change) -> None:
+            os.write(started[1], b".")
+            os.read(goes_on[0], 1)
+            apply(client, params, change)
+
+        try:
+            for name in ("names", "get", "create"):
+                setattr(_store.FileStore, name, gone)
+            run(dataclasses.replace(CONTROL, apply=slow), {**ready, "names": ["a"]})
+        finally:
+            os._exit(0)
+    os.read(started[0], 1)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        if not waited:
+            os.write(goes_on[1], b".")
+        waited.append(seconds)
+        time.sleep(seconds)
+
+    result = _engine.execute(CONTROL, {**ready, "names": ["a"]}, Context(run_id="next", sleep=sleep))
+    os.waitpid(child, 0)
+    assert waited and not result["changed"], result
+    assert kinds(ready) == ["intent", "done"]
+
+
+# --- a gate's verdict
+
+
+def gate(checks: list[bool]) -> Any:
+    def probe(client: Any, params: dict[str, Any]) -> dict[str, Any]:
+        passed = checks.pop(0) if len(checks) > 1 else checks[0]
+        return {"passed": passed, "checks": [{"name": "door", "passed": passed, "why": None if passed else "is open"}]}
+
+    return Gate(name="gate", service=SERVICE, spec={"argument_spec": {}}, probe=probe)
+
+
+def test_a_gate_that_passed_too_late_says_so(ready: dict[str, Any]) -> None:
+    options = {**ready, "timeout": 0.2, "for_seconds": 0.15, "interval": 0.05}
+    result = run(gate([False, False, False, True]), options)
+    assert result["failed"] and "not for the 0.15 s asked for" in result["msg"], result
+    assert [one["why"] for one in _status.status(case_of(ready))["open"]] == [result["msg"].partition(": ")[2]]
+
+
+def test_the_verdict_of_a_gate_is_kept_while_the_store_is_lost(
+    ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("names", "get", "create"):
+            patch.setattr(_store.FileStore, name, gone)
+        result = run(gate([True]), {**ready, "timeout": 1})
+    assert result["passed"] and [entry["kind"] for entry in result["spooled"]] == ["check"]
+    _case.merge_spools(case_of(ready))
+    assert kinds(ready) == ["check"]
