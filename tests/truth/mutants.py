@@ -36,10 +36,10 @@ MUTANTS = [
     Mutant(
         "journal after the write",
         ENGINE,
-        "                    of = self._intent(journal, plan, overridden)\n                    break\n",
-        "                    for change in plan.changes:\n"
-        "                        self.task.control.apply(self.client, self.task.params, change)\n"
-        "                    of = self._intent(journal, plan, overridden)\n                    break\n",
+        "                of = self._intent(journal, plan, overridden)\n                break\n",
+        "                for change in plan.changes:\n"
+        "                    self.task.control.apply(self.client, self.task.params, change)\n"
+        "                of = self._intent(journal, plan, overridden)\n                break\n",
         ("tests/truth/test_kill.py::test_killed_then_run_again[postgresql_login_lock]",),
     ),
     Mutant(
@@ -59,8 +59,8 @@ MUTANTS = [
     Mutant(
         "read the wrong stream",
         CASE,
-        "        stream = self.stream(stream_name)\n        with self.store.exclusive",
-        "        stream = self.stream(RUN)\n        with self.store.exclusive",
+        "        return self._record(Stream(self, stream_name), kind, body)\n",
+        "        return self._record(Stream(self, RUN), kind, body)\n",
         ("tests/truth/test_kill.py::test_release_killed_then_run_again[postgresql_login_lock]",),
     ),
     Mutant(
