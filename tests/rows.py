@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from tests.foreign import Foreign
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -44,3 +46,7 @@ class Row:
 
     def secrets(self, lab: Any) -> list[str]:
         return []
+
+    def foreign(self, lab: Any) -> Foreign:
+        """Another client who works on what is its own, as near as possible to what this control changes."""
+        raise NotImplementedError

@@ -30,6 +30,8 @@ from ._proof import prove_rotation
 from ._vault import Client, contains, same, undestroyed
 
 STATES = ("unrotated", "staged", "current", "retired")
+# Versions that others may have written since the new value was staged: each is read.
+MOST_EDITS = 20
 
 
 def read(client: Client, params: dict[str, Any]) -> Facts:
@@ -42,16 +44,16 @@ def read(client: Client, params: dict[str, Any]) -> Facts:
     known = (current, entry.get("values") or {}, params["new_values"] or {})
     for value in (value for values in known for value in values.values()):
         client.secret(str(value))
-    client.held.update(values=entry.get("values"), entry_version=pending["version"])
+    client.held.update(values=entry.get("values"), entry_version=pending["version"], base=entry.get("base"))
 
-    base = entry.get("base", secret["version"])
+    base = _replaced(client, params, secret, current, entry)
     metadata = client.read_metadata(mount, path)
     old = [version for version in undestroyed(metadata) if version <= base]
     done = bool(entry.get("done"))
     copies = _copies(client, params, pending["version"]) if done else [pending["version"]] if entry else []
-    conflict = _conflict(client, params, secret, current, pending)
+    conflict = _conflict(client, params, secret, current, pending, base)
     facts = {
-        "state": _state(entry, secret["version"], bool(copies or old)),
+        "state": _state(entry, base, secret["version"], bool(copies or old)),
         "fields": sorted(current),
         "version": secret["version"],
         "replaces": base,
@@ -81,10 +83,12 @@ def stage(client: Client, params: dict[str, Any], base: int) -> None:
     given = params["new_values"] or {}
     values = {name: client.secret(given.get(name) or _generated(params)) for name in fields_of(params)}
     client.held["values"] = values
-    _write_entry(client, params, {"mark": params["mark"], "base": base, "values": values})
+    _write_claim(client, params, base)
 
 
 def promote(client: Client, params: dict[str, Any], base: int) -> None:
+    if client.held["base"] != base:
+        _write_claim(client, params, base)
     client.patch_secret(params["engine_mount_point"], params["path"], client.held["values"], base)
 
 
@@ -112,6 +116,11 @@ def destroy(client: Client, params: dict[str, Any], base: int) -> None:
     client.destroy_versions(mount, path, [version for version in versions if version <= base])
 
 
+def _write_claim(client: Client, params: dict[str, Any], base: int) -> None:
+    _write_entry(client, params, {"mark": params["mark"], "base": base, "values": client.held["values"]})
+    client.held["base"] = base
+
+
 def _write_entry(client: Client, params: dict[str, Any], entry: dict[str, Any]) -> None:
     where = (params["engine_mount_point"], _pending_path(params))
     client.held["entry_version"] = client.write_secret(*where, entry, client.held["entry_version"])
@@ -123,16 +132,40 @@ def _copies(client: Client, params: dict[str, Any], record: int) -> list[int]:
     return [version for version in undestroyed(metadata) if version < record]
 
 
-def _state(entry: dict[str, Any], version: int, left: bool) -> str:
+def _replaced(
+    client: Client, params: dict[str, Any], secret: dict[str, Any], current: dict[str, Any], entry: dict[str, Any]
+) -> int:
+    """The version that is replaced: the staged one, or a later one where only other fields were written since.
+
+    Every version in between is looked at: one with our values says that the rotation was there and somebody took it back.
+    """
+    version = secret["version"]
+    base: int = entry.get("base", version)
+    if entry.get("done") or not 0 < version - base <= MOST_EDITS or contains(current, entry.get("values") or {}):
+        return base
+    for each in range(base, version):
+        seen = client.read_secret(params["engine_mount_point"], params["path"], each) or {}
+        fields = {name: value for name, value in (seen.get("data") or {}).items() if name in params["fields"]}
+        if fields.keys() != current.keys() or not contains(fields, current):
+            return base
+    return version
+
+
+def _state(entry: dict[str, Any], base: int, version: int, left: bool) -> str:
     if not entry:
         return "unrotated"
     if entry.get("done") and not left:
         return "retired"
-    return "staged" if version == entry["base"] else "current"
+    return "staged" if version == base else "current"
 
 
 def _conflict(
-    client: Client, params: dict[str, Any], secret: dict[str, Any], current: dict[str, Any], pending: dict[str, Any]
+    client: Client,
+    params: dict[str, Any],
+    secret: dict[str, Any],
+    current: dict[str, Any],
+    pending: dict[str, Any],
+    base: int,
 ) -> str | None:
     """Who else was here: the secret holds neither the version that we replace nor our values."""
     entry, version = pending["data"], secret["version"]
@@ -145,7 +178,7 @@ def _conflict(
         ours = secret["data"] is None or version == entry["base"] + 1 or _is_record_of(entry, current)
     else:
         when = "in between"
-        ours = version == entry["base"] or contains(current, entry["values"])
+        ours = version == base or contains(current, entry["values"])
     if ours:
         return None
     writer = client.writer(params["engine_mount_point"], params["path"], version)

@@ -247,12 +247,35 @@ def test_without_the_old_value_it_is_unproven(scene: Scene) -> None:
 @pytest.mark.parametrize("when", ["staged", "current"])
 def test_somebody_else_in_between_is_a_conflict(scene: Scene, when: str) -> None:
     scene.rotate(when)
-    scene.write({**SIBLINGS, **scene.old})
+    scene.write({**SIBLINGS, **scene.old, **({"JWT_SECRET": "x" * 43} if when == "staged" else {})})
     version = 4 if when == "staged" else 5
     with pytest.raises(Refused, match=f"version {version} was written by (root|token) in between") as caught:
         scene.rotate("retired")
     assert caught.value.guard == "conflict"
     assert not any(scene.versions().values())
+
+
+@pytest.mark.parametrize("when", ["before the new one is current", "while it is made current"])
+def test_a_sibling_that_somebody_writes_after_the_staging_is_kept(scene: Scene, when: str) -> None:
+    """Whoever edits another field of the secret does not stop the rotation; the copy of the stolen value goes as well."""
+    scene.rotate("staged")
+    edited = {**SIBLINGS, next(iter(SIBLINGS)): "by somebody else"}
+    if when == "while it is made current":
+        with pytest.raises(FirebreakError, match="in between"):
+            carry_out(
+                ROTATION,
+                scene.options("current"),
+                scene.context(),
+                lambda change: scene.write({**edited, **scene.old}) if change.data["step"] == "promote" else None,
+            )
+    else:
+        scene.write({**edited, **scene.old})
+    scene.rotate("current")
+    assert {name: scene.current()[name] for name in SIBLINGS} == edited
+    scene.deliver()
+    scene.rotate("retired")
+    assert scene.versions() == {1: True, 2: True, 3: True, 4: True, 5: False}
+    assert {name: scene.current()[name] for name in SIBLINGS} == edited
 
 
 def test_a_foreign_write_inside_the_run_is_a_conflict(scene: Scene) -> None:

@@ -9,6 +9,7 @@ import json
 import urllib.parse
 from typing import Any
 
+from tests.foreign import Edge
 from tests.rows import Case, Row
 
 INCIDENT = "INC-2026-1120-001"
@@ -169,6 +170,9 @@ class Lab(Row):
         assert seen["edge"]["rulesets"] == before["edge"]["rulesets"]
         # A list alone keeps nobody out.
         assert (seen["thief"], seen["user"]) == (before["thief"], before["user"])
+
+    def foreign(self, lab: Any) -> Edge:
+        return Edge(lab, shared="attackers_of_the_row")
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("cf")["firebreak_cloudflare_token"]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.controls.cloudflare_ip_list import connection, control_path, visit
+from tests.foreign import Edge
 from tests.rows import Case, Row
 
 INCIDENT = "INC-2026-1120-001"
@@ -137,6 +138,9 @@ class Lab(Row):
         assert new["rules"][0]["ref"].endswith("_row")
         assert {**new, "rules": 0} == {**old, "rules": 0}
         assert seen["edge"]["lists"] == before["edge"]["lists"]
+
+    def foreign(self, lab: Any) -> Edge:
+        return Edge(lab)
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("cf")["firebreak_cloudflare_token"]]

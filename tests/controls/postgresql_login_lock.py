@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.controls.postgresql_write_fence import connection, observe, session
+from tests.foreign import Database
 from tests.rows import Case, Row
 
 INCIDENT = "INC-2026-1120-001"
@@ -143,6 +144,9 @@ class Lab(Row):
         assert {**seen, "roles": 0, "settings": 0} == {**before, "roles": 0, "settings": 0}
         with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
             session(lab, "reporting", password=lab.stolen["reporting_password"])
+
+    def foreign(self, lab: Any) -> Database:
+        return Database(lab, shared=("reporting", "readers"))
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("pg1")["firebreak_postgresql_password"], lab.stolen["reporting_password"]]

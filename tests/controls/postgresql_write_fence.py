@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.foreign import Database
 from tests.rows import Case, Row
 
 INCIDENT = "INC-2026-1120-001"
@@ -161,6 +162,9 @@ class Lab(Row):
             database.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
         with pytest.raises(psycopg.OperationalError):
             self.begun.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
+
+    def foreign(self, lab: Any) -> Database:
+        return Database(lab)
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("pg1")["firebreak_postgresql_password"]]

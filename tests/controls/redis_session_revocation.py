@@ -12,6 +12,7 @@ from typing import Any
 import redis
 
 from ansible_collections.firebreak.incident.plugins.modules.redis_session_revocation import mark_key
+from tests.foreign import Keys
 from tests.rows import Case, Row
 
 INCIDENT = "INC-2026-1120-001"
@@ -128,6 +129,9 @@ class Lab(Row):
         kept = before["keys"].keys() - gone
         assert {key: before["keys"][key] for key in kept} == {key: seen["keys"][key] for key in kept}
         assert not seen["keys_called"]
+
+    def foreign(self, lab: Any) -> Keys:
+        return Keys(lab)
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("cache1")["firebreak_redis_password"]]

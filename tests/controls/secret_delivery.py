@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.controls.vault_kv_rotation import ask, connection
+from tests.foreign import EnvFile
 from tests.rows import Case, Row
 
 FIELDS = ("JWT_SECRET", "WEBHOOK_SECRET")
@@ -102,6 +103,9 @@ class Lab(Row):
         assert before["in the file"] == before["in use"] == dict.fromkeys(FIELDS, False)
         assert seen["in the file"] == seen["in use"] == dict.fromkeys(FIELDS, True)
         assert all(seen[name] == before[name] for name in ("others", "mode", "beside it"))
+
+    def foreign(self, lab: Any) -> EnvFile:
+        return EnvFile(lab)
 
     def secrets(self, lab: Any) -> list[str]:
         return [*(str(self._vault(lab)[name]) for name in FIELDS), lab.env["VAULT_TOKEN"]]

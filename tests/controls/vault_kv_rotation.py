@@ -10,6 +10,7 @@ import json
 import urllib.parse
 from typing import Any
 
+from tests.foreign import Secrets
 from tests.rows import Case, Row
 
 MARK = "INC-2026-1120-001/1"
@@ -163,6 +164,9 @@ class Lab(Row):
         # The oldest version falls out of a full history, and none is destroyed.
         assert all(gone == before["destroyed"].get(version, False) for version, gone in seen["destroyed"].items())
         assert seen["others"] == before["others"]
+
+    def foreign(self, lab: Any) -> Secrets:
+        return Secrets(lab)
 
     def secrets(self, lab: Any) -> list[str]:
         values = ask(lab, "GET", "secret/data/app/backend")["data"]["data"].values()
