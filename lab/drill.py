@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, directory, files
+from . import ROOT, directory, files, picture
 from .client import Lab
 
 BEFORE = 3.0  # seconds that the thief steals undisturbed
@@ -91,7 +91,10 @@ def main() -> int:
     time.sleep(AFTER)
     card = scorecard(running, incident, seconds)
     files.write_json(folder / "scorecard.json", card)
-    for line in picture(card):
+    page = Path(card["case"]) / "report" / "drill.html"
+    page.parent.mkdir(mode=0o700, exist_ok=True)
+    files.write(page, picture.draw(card, folder))
+    for line in table(card):
         say(line)
     keep = os.environ.get("DRILL_KEEP", "1") != "0"
     if not keep:
@@ -157,7 +160,7 @@ def _case(running: Lab) -> dict[str, Any]:
     return dict(json.loads(answer.stdout.split("=>", 1)[1]))
 
 
-def picture(card: dict[str, Any]) -> list[str]:
+def table(card: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"scorecard  {card['incident_id']}  {card['playbook']}  {card['seconds']:.1f} s from command to screen",
@@ -175,6 +178,7 @@ def picture(card: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"  open: {len(card['open'])}   irreversible: {len(card['irreversible'])}   all of it in .lab/scorecard.json",
+        f"  drawn: .lab/cases/{card['incident_id']}/report/drill.html",
         "",
     ]
     return lines

@@ -9,12 +9,15 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from lab import drill, picture
 from lab.client import Lab
 from tests import dumps, helpers
 from tests.runs import NOTHING, Run, entries, extra, glass, incidents, lab_in, neutral, run
@@ -69,6 +72,24 @@ def test_users_are_served_all_the_time(breach: Breach) -> None:
     for phase in ("before", "during", "after"):
         seen = breach.users[phase]
         assert seen["served"] and not seen["refused"] and not seen["errors"], (phase, seen)
+
+
+def test_the_drill_is_drawn(breach: Breach) -> None:
+    """One file that needs no other, with every try of the thief, every control, and no secret."""
+    card = drill.scorecard(breach.lab, "data_breach", breach.run.seconds)
+    page = picture.draw(card, breach.lab.dir)
+    assert [secret for secret in breach.lab.secrets() if secret in page] == []
+    assert not any(word in page for word in ("http:", "https:", "<script", "@import", "url("))
+    drawing = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + len("</svg>")])
+    seen = Counter(element.get("class") for element in drawing.iter())
+    tries = Counter(record["outcome"] for record in breach.lab.thief.records())
+    # It goes on while the page is drawn.
+    assert 0 < seen["taken"] <= tries["taken"] and 0 < seen["refused"] <= tries["refused"]
+    assert seen["closed"] == len(card["doors"])
+    words = {element.text for element in drawing.iter("text")}
+    intents = {entry["body"]["control"] for entry in entries(breach.lab, kind="intent")}
+    assert {word.split(":")[0] for word in words if word} >= intents
+    assert {phase["name"] for phase in card["phases"]} | set(breach.doors) <= words
 
 
 def test_the_exports_are_whole(breach: Breach) -> None:
