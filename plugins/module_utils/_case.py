@@ -10,7 +10,6 @@ intent that carries ``until``, before which nobody else begins.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -18,9 +17,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import _aws, _writer
@@ -33,6 +33,7 @@ NO_INCIDENT = "INC-0000-0000-000"
 FIRST = "0" * 64
 LARGE = 16 * 1024
 LONGEST = 300.0  # seconds: no control claims a stream for longer
+ENTRY = re.compile(r"(?!0{8})[0-9]{8}\.json")
 KINDS = frozenset(
     [
         "opened",
@@ -56,6 +57,9 @@ KINDS = frozenset(
         "closed",
     ]
 )
+
+# What a file that is no entry raises when it is taken for one.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 SPEC = _aws.SPEC
 
@@ -122,6 +126,32 @@ def digest_of(doc: dict[str, Any]) -> str:
     return hashlib.sha256(canonical({key: value for key, value in doc.items() if key != "digest"})).hexdigest()
 
 
+def intact(data: bytes, doc: dict[str, Any], body: bytes | None) -> bool:
+    """Whether the bytes of an entry are those that its digest is of: all but the digest itself, which has one place only.
+
+    Nothing is spelled anew, which makes reading a long case as fast as hashing it. ``body`` is the blob that the body went to.
+    """
+    place = f'"digest":"{doc["digest"]}",'.encode()
+    before, found, after = data.partition(place + b'"incident":"')
+    sha = hashlib.sha256()
+    if body is not None:
+        before = before.removesuffix(f'{{"blob":"{doc["body"]["blob"]}"}},'.encode())
+        sha.update(before + body)
+        before = b","
+    sha.update(before + found[len(place) :] + after)
+    return sha.hexdigest() == doc["digest"]
+
+
+def blob_of(doc: dict[str, Any]) -> str | None:
+    """The blob that an entry's body went to."""
+    return doc["body"]["blob"] if doc["body"].keys() == {"blob"} else None
+
+
+def numbers(names: Iterable[str]) -> list[int]:
+    """The numbers of the entries among the names of a stream's files, of which there should be no others."""
+    return [int(name[:8]) for name in names if ENTRY.fullmatch(name)]
+
+
 def advance(live: list[dict[str, Any]], seq: int, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """What is live for undo after one more entry: every intent that is not released, whatever became of it."""
     if kind == "intent":
@@ -177,20 +207,26 @@ class Stream:
 
     def find(self) -> None:
         """Which entry is the newest: one LIST."""
-        names = self.case.store.names(self.folder)
-        self.newest = int(names[-1].removesuffix(".json")) if names else 0
+        self.newest = max(self.case.numbers(self.name), default=0)
 
     def entry(self, seq: int) -> Entry:
-        data = self.case.store.get(f"{self.folder}/{seq:08d}.json")
+        return self.parse(seq, self.case.store.get(self.key(seq)))
+
+    def key(self, seq: int) -> str:
+        return f"{self.folder}/{seq:08d}.json"
+
+    def parse(self, seq: int, data: bytes | None) -> Entry:
+        """The entry that was read, when it is whole."""
         if data is None:
             raise self._damaged(seq, "missing")
         try:
-            doc = self.case.inflate(json.loads(data))
-            if digest_of(doc) != doc["digest"]:
+            doc = json.loads(data)
+            body = self.case.blob(doc)
+            if not intact(data, doc, body):
                 raise self._damaged(seq, "altered")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return Entry(doc if body is None else {**doc, "body": json.loads(body)})
+        except UNREADABLE:
             raise self._damaged(seq, "not readable") from None
-        return Entry(doc)
 
     def _damaged(self, seq: int, how: str) -> StoreUnavailable:
         """Nothing is built on a damaged chain; what can be undone goes on without it, as when the store is lost."""
@@ -223,7 +259,7 @@ class Stream:
         stored = self.case.deflate(doc)
         # Where the store gives no answer, it may have taken the entry all the same: the spool keeps it under the same name.
         self.tried = {"body": body, "nonce": doc["nonce"]}
-        if not self.case.store.create(f"{self.folder}/{seq:08d}.json", canonical(stored)):
+        if not self.case.store.create(self.key(seq), canonical(stored)):
             raise Moved
         self.tried = {}
         self.head = Entry(doc)
@@ -337,14 +373,15 @@ class Case:
         self.store.create(f"{self.id}/blobs/{name}", data)
         return {**doc, "body": {"blob": name}}
 
-    def inflate(self, doc: dict[str, Any]) -> dict[str, Any]:
-        name = doc["body"].get("blob") if set(doc["body"]) == {"blob"} else None
+    def blob(self, doc: dict[str, Any]) -> bytes | None:
+        """The body of an entry whose body is large."""
+        name = blob_of(doc)
         if name is None:
-            return doc
+            return None
         data = self.store.get(f"{self.id}/blobs/{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
             raise StoreUnavailable(f"case_store: blob {name} of {self.id} is missing or altered; run verify_case")
-        return {**doc, "body": json.loads(data)}
+        return data
 
     def check_open(self, stream: Stream) -> None:
         """Refuse an unknown incident; a stream with entries proves that the incident exists."""
@@ -379,25 +416,38 @@ class Case:
                 self.context.sleep(0.02 * (1 + attempt % 5))
         raise StoreUnavailable("case_store: too many writers at once; run the same command again")
 
-    def streams(self) -> dict[str, list[str]]:
-        """The keys of all entries, by stream."""
-        result: dict[str, list[str]] = {}
-        for key in self.store.walk(f"{self.id}/journal"):
-            _incident, _journal, name, entry = key.split("/", 3)
-            result.setdefault(name, []).append(entry)
-        return result
+    def numbers(self, stream: str) -> list[int]:
+        """The numbers of a stream's entries: one LIST."""
+        return numbers(self.store.names(f"{self.id}/journal/{stream}"))
+
+    def streams(self) -> dict[str, list[int]]:
+        """The numbers of all entries, by stream."""
+        return self.sorted_out(self.store.walk(f"{self.id}/journal"))[0]
+
+    def sorted_out(self, keys: list[str]) -> tuple[dict[str, list[int]], list[str]]:
+        """The numbers of the entries among the keys of the journal, by stream, and the keys of what is no entry."""
+        start = len(f"{self.id}/journal/")
+        files: dict[str, list[str]] = {}
+        foreign: list[str] = []
+        for key in keys:
+            name, _slash, file = key[start:].partition("/")
+            if ENTRY.fullmatch(file):
+                files.setdefault(name, []).append(file)
+            else:
+                foreign.append(key)
+        return {name: [int(file[:8]) for file in found] for name, found in files.items()}, foreign
 
     def heads(self) -> dict[str, Entry]:
         """The newest entry of each stream, fetched side by side."""
-        names = {name: int(entries[-1].removesuffix(".json")) for name, entries in self.streams().items()}
-        return dict(zip(names, self.fetch(list(names.items())), strict=True))
+        newest = {name: seqs[-1] for name, seqs in self.streams().items()}
+        return dict(zip(newest, self.fetch(list(newest.items())), strict=True))
 
     def fetch(self, places: list[tuple[str, int]]) -> list[Entry]:
         """Many entries at once; on S3 the waits overlap."""
-        if len(places) < 2 or self.store.scheme == "file":
-            return [Stream(self, name).entry(seq) for name, seq in places]
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda place: Stream(self, place[0]).entry(place[1]), places))
+        streams = [Stream(self, name) for name, _seq in places]
+        keys = [stream.key(seq) for stream, (_name, seq) in zip(streams, places, strict=True)]
+        read = zip(streams, places, self.store.many(keys), strict=True)
+        return [stream.parse(seq, data) for stream, (_name, seq), data in read]
 
     def close(self) -> None:
         """Nothing is held open."""

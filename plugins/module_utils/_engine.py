@@ -271,7 +271,7 @@ def _evidence_first(task: Task, plan: Plan) -> list[dict[str, str]]:
 
 def _unattended_rate(case: Case) -> None:
     since = case.context.clock() - 3600
-    places = [(name, int(entry.removesuffix(".json"))) for name, entries in case.streams().items() for entry in entries]
+    places = [(name, seq) for name, seqs in case.streams().items() for seq in seqs]
     recent = [entry for entry in case.fetch(places) if entry.kind == "intent" and float(entry.body["at"]) > since]
     if len(recent) >= UNATTENDED_AN_HOUR:
         raise Refused(
@@ -284,10 +284,7 @@ def _approved(task: Task) -> None:
     case = task.case
     if case is None:
         return
-    places = [
-        (_case.RUN, int(name.removesuffix(".json"))) for name in case.store.names(f"{case.id}/journal/{_case.RUN}")
-    ]
-    for entry in case.fetch(places):
+    for entry in case.fetch([(_case.RUN, seq) for seq in case.numbers(_case.RUN)]):
         approves = entry.body.get("approves") or []
         if entry.kind == "decision" and task.control.name in approves and entry.doc["actor"] != task.context.actor:
             return
@@ -443,7 +440,8 @@ class Action:
         item = None if journal.lost else journal.live_item()
         clears = self._clears(journal)
         if left is not None:
-            self._outcome(journal, "done", {"of": left.seq, "outcome": "verified", "recovered": True, **clears})
+            body = {"of": left.seq, "outcome": "verified", "recovered": True, **self._made(), **clears}
+            self._outcome(journal, "done", body)
         elif item is not None and item["state"] in ("applied", "failed") and "releases" not in item:
             self._outcome(journal, "done", {"of": item["seq"], "outcome": "verified", "settled": True, **clears})
         elif clears:
@@ -509,7 +507,7 @@ class Action:
         return journal.write(kind, body)
 
     def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
-        task, control = self.task, self.task.control
+        task = self.task
         deadline = journal.stream.claimed_at + task.seconds
         task.context.deadline = deadline
         self.outcomes = [{**change.summary(), "outcome": "not begun"} for change in plan.changes]
@@ -527,10 +525,13 @@ class Action:
             error = Unproven if isinstance(failure, Unproven) else FirebreakError
             msg = facts.pop("msg")
             raise error(msg, **self._with_spool(journal, {**result_of(task, plan, "failed"), **facts})) from None
-        made = {"manifests": task.context.evidence.digests()} if control.evidence else {}
-        body = {"of": of, "outcome": outcome, "outcomes": self.outcomes, **made, **self._clears(journal)}
+        body = {"of": of, "outcome": outcome, "outcomes": self.outcomes, **self._made(), **self._clears(journal)}
         self._outcome(journal, "done", body)
         return self._with_spool(journal, {**result_of(task, plan, outcome), "outcomes": self.outcomes})
+
+    def _made(self) -> dict[str, Any]:
+        """The manifests of an export, so that the chain covers them, also when the run that wrote them was killed."""
+        return {"manifests": self.task.context.evidence.digests()} if self.task.control.evidence else {}
 
     def _one(self, number: int, change: Change) -> None:
         task, control = self.task, self.task.control

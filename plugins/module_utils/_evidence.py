@@ -90,8 +90,7 @@ class Evidence:
         """When preserving began, in this round, and the incident's severity; None where nobody preserves."""
         if self._case is None or not references:
             return None
-        names = self._case.store.names(f"{self._case.id}/journal/{_case.RUN}")
-        entries = self._case.fetch([(_case.RUN, int(name.removesuffix(".json"))) for name in names])
+        entries = self._case.fetch([(_case.RUN, seq) for seq in self._case.numbers(_case.RUN)])
         for entry in entries:
             if entry.body.get("begins") == "preserve" and entry.doc["round"] == self._round:
                 return float(entry.body["at"]), str(entries[0].body["severity"])

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ._case import RUN, Case, Entry, Moved, Stream, canonical
+from ._case import RUN, UNREADABLE, Case, Entry, Moved, Stream, canonical
 from ._control import Context
 from ._errors import Refused, StoreUnavailable
 from ._store import Store
@@ -62,8 +62,7 @@ def key_of(params: dict[str, Any]) -> str:
 
 
 def entries_of(case: Case, stream: str) -> list[Entry]:
-    names = case.store.names(f"{case.id}/journal/{stream}")
-    return case.fetch([(stream, int(name.removesuffix(".json"))) for name in names])
+    return case.fetch([(stream, seq) for seq in case.numbers(stream)])
 
 
 def fold(entries: Iterable[Entry]) -> dict[str, Any]:
@@ -109,8 +108,8 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
     for _attempt in range(200):
         claims = store.names(f"keys/{key}")
         newest = int(claims[-1]) if claims else 0
-        case = _claimed(store, key, newest, params, context) if newest else None
         try:
+            case = _claimed(store, key, newest, params, context) if newest else None
             head = _head(case) if case is not None else None
             closed = case is not None and head is not None and bool(state_of(case).get("closed"))
         except StoreUnavailable as failure:
@@ -139,7 +138,12 @@ def find_or_open(store: Store, params: dict[str, Any], context: Context) -> tupl
 def _claimed(store: Store, key: str, number: int, params: dict[str, Any], context: Context) -> Case | None:
     """The incident that a claim names."""
     data = store.get(f"keys/{key}/{number:06d}")
-    return None if data is None else Case(store, json.loads(data)["id"], params, context)
+    try:
+        return None if data is None else Case(store, str(json.loads(data)["id"]), params, context)
+    except UNREADABLE:
+        raise StoreUnavailable(
+            f"case_store: keys/{key}/{number:06d} is not readable; name the incident (firebreak_incident_id)"
+        ) from None
 
 
 def _head(case: Case) -> Entry | None:

@@ -21,9 +21,7 @@ def status(case: Case, left_out: list[str] | None = None) -> dict[str, Any]:
     run = entries_of(case, RUN)
     state = state_of(case, run)
     streams = case.streams()
-    places = [
-        (name, int(file.removesuffix(".json"))) for name, files in streams.items() if name != RUN for file in files
-    ]
+    places = [(name, seq) for name, seqs in streams.items() if name != RUN for seq in seqs]
     by_stream: dict[str, list[Entry]] = {}
     for (name, _seq), entry in zip(places, case.fetch(places), strict=True):
         by_stream.setdefault(name, []).append(entry)

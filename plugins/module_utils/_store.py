@@ -10,12 +10,14 @@ Both stores offer the same few calls. A key is a path with slashes, without a le
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
 import hashlib
 import io
+import math
 import os
 import pathlib
 import re
@@ -23,7 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeAlias
 
 from . import _aws
@@ -31,9 +33,13 @@ from ._control import Context
 from ._errors import Busy, Refused, StoreUnavailable
 
 BLOCK = 1 << 20
+SMALL = 1 << 16
+PART = 8 << 20
+MOST = 64 << 20
 SILENCE_SECONDS = 30
 CLAIMS = "keys"
 IN_A_CASE = re.compile(r"INC-(?!0000)[^/]+")
+SIDE_BY_SIDE = 16
 
 
 def local_folder(store: str) -> str:
@@ -83,17 +89,54 @@ class FileStore:
 
     def walk(self, prefix: str) -> list[str]:
         """All keys below ``prefix``, sorted."""
+        return self.survey(prefix)[0]
+
+    def survey(self, prefix: str) -> tuple[list[str], dict[str, str]]:
+        """The same, and the keys that ``create`` cannot have written, with what shows it. Content shows in the chain only."""
         with self._errors("read"):
-            top = self.folder / prefix
-            files = (entry for entry in top.rglob("*") if entry.is_file() and not entry.name.startswith("."))
-            return sorted(entry.relative_to(self.folder).as_posix() for entry in files)
+            files, others = self._below(prefix)
+        return sorted(files), dict.fromkeys(others, "it is a link or no file")
+
+    def _below(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Files below ``prefix``, and what is neither file nor folder. No link is followed, no unfinished file is told."""
+        files: list[str] = []
+        others: list[str] = []
+        folders = [prefix]
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.folder}/{folder}") as listing:
+                for entry in listing:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(f"{folder}/{name}")
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{folder}/{name}")
+                    else:
+                        others.append(f"{folder}/{name}")
+        return files, others
 
     def get(self, key: str) -> bytes | None:
         with self._errors("read"):
-            try:
-                return (self.folder / key).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
+            data = _read(f"{self.folder}/{key}")
+            if data is None:
                 self._expect(key)
+            return data
+
+    def many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+        """What ``get`` returns, of each key in turn. Of what is too long for an entry its beginning only."""
+        folder = f"{self.folder}/"
+        with self._errors("read"):
+            for key in keys:
+                yield _read(folder + key, MOST)
+
+    def digest(self, key: str) -> str | None:
+        """The SHA-256 of what may be too large for the memory."""
+        with self._errors("read"):
+            try:
+                with open(self.folder / key, "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def create(self, key: str, data: bytes) -> bool:
@@ -138,10 +181,6 @@ class FileStore:
                 return (self.folder / key).stat().st_size
             except FileNotFoundError:
                 return None
-
-    def rewritten(self, prefix: str) -> list[str]:
-        """A file has no versions; what was done to it shows in the chain."""
-        return []
 
     @contextlib.contextmanager
     def exclusive(self, key: str, patience: float) -> Iterator[bool]:
@@ -200,6 +239,24 @@ class FileStore:
                 code, "name a folder that this user may write to"
             )
             raise StoreUnavailable(f"case_store: cannot {verb} {self.folder} ({code}); {remedy}") from None
+
+
+def _read(path: str, most: float = math.inf) -> bytes | None:
+    """A file's content in as few calls as there can be; a pipe in its place does not make us wait."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        data = os.read(descriptor, SMALL)
+        if len(data) < SMALL:
+            return data
+        blocks = [data]
+        while len(blocks) * BLOCK < most and (block := os.read(descriptor, BLOCK)):
+            blocks.append(block)
+        return b"".join(blocks)
+    finally:
+        os.close(descriptor)
 
 
 def _make_folder(folder: pathlib.Path) -> None:
@@ -263,6 +320,26 @@ class S3Store:
         answer = self._call("get_object", Key=self._key(key), missing=True)
         return None if answer is None else bytes(answer["Body"])
 
+    def many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+        """What ``get`` returns, of each key in turn; the waits overlap, and few answers are held at a time."""
+        waiting: collections.deque[concurrent.futures.Future[bytes | None]] = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            for key in keys:
+                waiting.append(pool.submit(self.get, key))
+                if len(waiting) >= 2 * SIDE_BY_SIDE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def digest(self, key: str) -> str | None:
+        """The SHA-256 of what may be too large for the memory."""
+        sha, start, size = hashlib.sha256(), 0, self.size(key)
+        while size is not None and start < size:
+            answer = self._call("get_object", Key=self._key(key), Range=f"bytes={start}-{start + PART - 1}")
+            sha.update(answer["Body"])
+            start += len(answer["Body"])
+        return None if size is None else sha.hexdigest()
+
     def create(self, key: str, data: bytes) -> bool:
         # The entry carries a nonce: the same bytes mean that our own answer was lost.
         return self._put_new(key, lambda: data) or self.get(key) == data
@@ -282,22 +359,25 @@ class S3Store:
         answer = self._call("head_object", Key=self._key(key), missing=True)
         return None if answer is None else int(answer["ContentLength"])
 
-    def rewritten(self, prefix: str) -> list[str]:
-        """Keys with more than one version, or with a delete marker: somebody wrote over an entry."""
+    def survey(self, prefix: str) -> tuple[list[str], dict[str, str]]:
+        """The same, and keys with more than one version, or with a delete marker: somebody wrote over an entry, or hid it."""
         start = len(self._key(""))
         seen: dict[str, int] = {}
-        bad: set[str] = set()
+        bad: dict[str, str] = {}
         marker: dict[str, Any] = {}
         while True:
-            page = self._call("list_object_versions", Prefix=self._key(prefix), **marker)
+            page = self._call("list_object_versions", Prefix=self._folder(prefix), **marker)
             for entry in page.get("Versions", []):
                 seen[entry["Key"]] = seen.get(entry["Key"], 0) + 1
-            bad.update(entry["Key"] for entry in page.get("DeleteMarkers", []))
+            for entry in page.get("DeleteMarkers", []):
+                bad[entry["Key"][start:]] = "it was deleted (a delete marker stands over it)"
             if not page.get("IsTruncated"):
                 break
             marker = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker", "")}
-        bad.update(key for key, versions in seen.items() if versions > 1)
-        return sorted(key[start:] for key in bad)
+        for key, versions in seen.items():
+            if versions > 1:
+                bad.setdefault(key[start:], f"it was written over ({versions} versions)")
+        return self.walk(prefix), bad
 
     @contextlib.contextmanager
     def exclusive(self, key: str, patience: float) -> Iterator[bool]:
