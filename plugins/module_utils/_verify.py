@@ -206,7 +206,8 @@ def _shown(key: str) -> str:
 
 
 def _order(where: str) -> tuple[int, str, int]:
-    """The run's own stream first, the others by name and number, then what no chain holds."""
-    name, _slash, number = where.rpartition("/")
-    rank = 0 if name == RUN or where == RUN else 1
-    return (rank, name, int(number)) if number.isdigit() else (rank or 2, where, 0)
+    """The run's own stream first, the others by name and number, then what is no entry."""
+    name, _slash, number = where.partition("/")
+    if where == RUN or number.isdigit():
+        return (0 if name == RUN else 1, name, int(number or 0))
+    return (2, where, 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .table import Row, say, show
 
-PARTS = ("control", "redis", "lab", "drill")
+PARTS = ("control", "redis", "verify", "lab", "drill")
 
 
 def of_controls() -> list[Row]:
@@ -23,6 +23,12 @@ def of_controls() -> list[Row]:
 
 def of_redis() -> list[Row]:
     from .bench_redis import rows
+
+    return rows()
+
+
+def of_verifying() -> list[Row]:
+    from .bench_verify import rows
 
     return rows()
 
@@ -40,7 +46,7 @@ def of_the_drill() -> list[Row]:
 
 
 CALLS: dict[str, Callable[[], list[Row]]] = dict(
-    zip(PARTS, (of_controls, of_redis, of_the_lab, of_the_drill), strict=True)
+    zip(PARTS, (of_controls, of_redis, of_verifying, of_the_lab, of_the_drill), strict=True)
 )
 
 

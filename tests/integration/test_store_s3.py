@@ -11,43 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from botocore.exceptions import ClientError
 
 from lab.client import Lab
 from tests import dumps, helpers
+from tests.buckets import BUCKET, Bucket
 from tests.dumps import CONTAINED, contained
 from tests.runs import Run, extra, finish, kill, lab_in, run, start
-
-BUCKET = "cases"
-
-
-class Bucket:
-    """The store, seen with a client of our own."""
-
-    def __init__(self, lab: Lab, prefix: str) -> None:
-        endpoint = lab.env["AWS_ENDPOINT_URL_S3"]
-        self.uri = f"s3://{BUCKET}/{prefix}?endpoint={endpoint}&lock_mode=GOVERNANCE&retention_days=1"
-        self.prefix = prefix
-        self.client: Any = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=lab.env["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=lab.env["AWS_SECRET_ACCESS_KEY"],
-        )
-
-    def keys(self, *words: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self.prefix}/")
-        found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return [key for key in found if all(word in key for word in words)]
-
-    def get(self, key: str) -> bytes:
-        return bytes(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
-
-    def entries(self) -> list[dict[str, Any]]:
-        return [json.loads(self.get(key)) for key in self.keys("/journal/")]
 
 
 def wait(condition: Callable[[], bool], process: Any, record: Path) -> None:
