@@ -131,7 +131,7 @@ def test_a_rewritten_or_hidden_entry_is_named(story: Story) -> None:
     story.bucket.client.put_object(Bucket=BUCKET, Key=key, Body=story.bucket.get(key))
     words = [*extra(firebreak_case_store=story.bucket.uri), *extra(firebreak_incident_id=incident)]
     done = run(story.lab, "verify_case", *words)
-    assert done.code != 0 and "pg1/00000002" in done.of("case_verify_info")[-1]["msg"], done.output
+    assert done.code != 0 and "pg1/2: it was written over" in done.of("case_verify_info")[-1]["msg"], done.output
     hidden = story.bucket.keys("/journal/cf/")[-1]
     story.bucket.client.delete_object(Bucket=BUCKET, Key=hidden)
     done = run(story.lab, "verify_case", *words)
