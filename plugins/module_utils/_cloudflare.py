@@ -23,6 +23,7 @@ from typing import Any
 from ._control import Context
 from ._deps import require
 from ._errors import FirebreakError, Refused
+from ._http import retry_after, tls_failure
 from ._redact import Held
 
 SPEC: dict[str, Any] = {
@@ -39,6 +40,7 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 20.0
 # How long a client that got no deadline from the engine goes on reading or waiting.
 PATIENCE = 25.0
+SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 READS = 3
 PAGE = 500
 # The service documents no maximum for one request. Others send whole lists at once.
@@ -125,13 +127,11 @@ class Client:
         self._params = params
         self._context = context
         self._begun = context.clock()
-        timeout = _httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)  # type: ignore[union-attr]
         headers = {"X-Correlation-Id": context.correlation} if context.correlation else {}
         with _clean_environment():
             self._sdk = _cloudflare.Cloudflare(  # type: ignore[union-attr]
                 api_token=token,
                 base_url=params["cloudflare_url"],
-                timeout=timeout,
                 max_retries=0,
                 default_headers=headers,
                 http_client=_transport(),
@@ -142,58 +142,70 @@ class Client:
 
     # Requests
 
-    def _send(self, method: str, where: str, action: str, body: Any, query: Json) -> Json:
-        """One request, one envelope."""
+    def _send(self, method: str, where: str, action: str, body: Any, query: Json, key: str | None) -> Json:
+        """One request, one envelope. Its result is an object with ``key``, or without one a list."""
         more = {} if method == "get" else {"body": body}
+        wait = max(self._give_up - self._context.clock(), SHORTEST_SECONDS)
+        timeout = _httpx.Timeout(min(ANSWER_SECONDS, wait), connect=min(CONNECT_SECONDS, wait))  # type: ignore[union-attr]
+        options = {"params": query, "timeout": timeout}
         try:
             # The plain response: the SDK fails on an answer without a body and hides what is in one without success.
-            answer = getattr(self._sdk, method)(where, cast_to=_httpx.Response, options={"params": query}, **more)  # type: ignore[union-attr]
+            answer = getattr(self._sdk, method)(where, cast_to=_httpx.Response, options=options, **more)  # type: ignore[union-attr]
         except _cloudflare.APIStatusError as failure:  # type: ignore[union-attr]
             raise _refusal(action, failure) from None
         except _cloudflare.CloudflareError as failure:  # type: ignore[union-attr]
             never = isinstance(failure.__cause__, (_httpx.ConnectError, _httpx.ConnectTimeout))  # type: ignore[union-attr]
-            reason = type(failure.__cause__ or failure).__name__
-            msg = f"{action}: Cloudflare gave no answer ({reason})"
+            reason = tls_failure(failure) or type(failure.__cause__ or failure).__name__
+            msg = f"{action}: cloudflare_url gave no answer ({reason})"
             raise CloudflareError(msg, 0, (), "none" if never else "unknown") from None
         status, envelope = answer.status_code, _json(answer.content)
         if status != 204 and envelope.get("success") is not True:
             codes = _codes(envelope)
             msg = f"{action}: Cloudflare answered {status}, but without success{_listed(codes)}"
             raise CloudflareError(msg, status, codes, "unknown")
+        result = envelope.get("result")
+        fits = isinstance(result, dict) and key in result if key else isinstance(result, list | None)
+        if status != 204 and not fits and not query.get("dry_run"):
+            msg = f"{action}: what answered {status} does not speak as Cloudflare does: see cloudflare_url"
+            raise CloudflareError(msg, status, (), "unknown")
         return envelope
 
-    def _read(self, where: str, action: str, query: Json | None = None) -> Json:
+    def _read(self, where: str, action: str, query: Json | None = None, key: str | None = None) -> Json:
         attempt = 1
         while True:
             try:
-                return self._patiently("get", where, action, None, query or {})
+                return self._patiently("get", where, action, None, query or {}, key)
             except CloudflareError as error:
                 if attempt == READS or not (error.status in (0, 200) or error.status >= 500):
                     raise
                 self._pause(0.2 * attempt, error)
                 attempt += 1
 
-    def _patiently(self, method: str, where: str, action: str, body: Any, query: Json) -> Json:
+    def _patiently(self, method: str, where: str, action: str, body: Any, query: Json, key: str | None) -> Json:
         """Repeat only what was refused before it had an effect: a limit of requests, another operation under way."""
         pause = 0.25
         while True:
             try:
-                return self._send(method, where, action, body, query)
+                return self._send(method, where, action, body, query, key)
             except CloudflareError as error:
                 if error.status != 429:
                     raise
-                self._pause(_seconds(error.wait, pause), error)
+                asked = retry_after(error.wait, self._context.clock())
+                self._pause(pause if asked is None else asked, error)
                 pause *= 2
 
     def _pause(self, seconds: float, error: CloudflareError) -> None:
         """Wait, where that ends before the deadline."""
-        give_up = self._context.deadline or self._begun + PATIENCE
-        if self._context.clock() + seconds >= give_up:
+        if self._context.clock() + seconds >= self._give_up:
             if error.status == 429:
-                error.msg += f"; it asks to wait {seconds:.0f} s. Run the same command again then"
+                error.msg += f"; it asks to wait {seconds:.0f} s"
                 error.args = (error.msg,)
             raise error
         self._context.sleep(seconds)
+
+    @property
+    def _give_up(self) -> float:
+        return self._context.deadline or self._begun + PATIENCE
 
     def _write(
         self,
@@ -203,18 +215,23 @@ class Client:
         body: Any = None,
         dry: bool = False,
         done: Callable[[], bool] | None = None,
+        key: str = "id",
     ) -> Any:
         """Sent once. After an unclear answer ``done`` looks whether the effect is there."""
         query = {"dry_run": "true"} if dry else {}
         try:
-            return self._patiently(method, where, action, body, query).get("result")
+            result = self._patiently(method, where, action, body, query, key).get("result")
+            if not dry:
+                self._context.effective()
+            return result
         except CloudflareError as error:
             if error.effect == "none" or done is None or not self._turned_out(done):
                 raise
             return None
 
     def _turned_out(self, done: Callable[[], bool]) -> bool:
-        give_up = self._context.clock() + SETTLE_SECONDS
+        now = self._context.clock()
+        give_up = min(now + SETTLE_SECONDS, max(self._give_up, now + SHORTEST_SECONDS))
         while True:
             with contextlib.suppress(CloudflareError):
                 if done():
@@ -238,7 +255,7 @@ class Client:
     def entry_point(self) -> Json | None:
         """The zone's ruleset of custom rules. Only this one code says that there is none; all else is a failure."""
         try:
-            answer = self._read(f"{self._rulesets}/phases/{PHASE}/entrypoint", "read the custom rules")
+            answer = self._read(f"{self._rulesets}/phases/{PHASE}/entrypoint", "read the custom rules", key="id")
         except CloudflareError as error:
             if error.status == 404 and NO_ENTRY_POINT in error.codes:
                 return None
@@ -335,14 +352,14 @@ class Client:
 
     def _bulk(self, method: str, list_id: str, action: str, body: Any, done: Callable[[], bool]) -> None:
         """The service takes the request, and does it later: follow the operation to its end."""
-        answer = self._write(method, f"{self._lists}/{list_id}/items", action, body, done=done)
+        answer = self._write(method, f"{self._lists}/{list_id}/items", action, body, done=done, key="operation_id")
         if answer is None:
             return
         where = f"{self._lists}/bulk_operations/{answer['operation_id']}"
         pause = 0.05
         while True:
             self._pause(pause, CloudflareError(f"{action}: the operation has not ended yet", 200, (), "unknown"))
-            state = self._read(where, f"{action}: follow the operation")["result"]
+            state = self._read(where, f"{action}: follow the operation", key="status")["result"]
             if state["status"] == "completed":
                 return
             if state["status"] == "failed":
@@ -359,13 +376,6 @@ def _failed(action: str, reason: str) -> CloudflareError:
         else "the operation failed"
     )
     return CloudflareError(f"{action}: {why}", 200, (), "none" if full else "unknown")
-
-
-def _seconds(retry_after: str, otherwise: float) -> float:
-    try:
-        return max(float(retry_after), 0.0)
-    except ValueError:
-        return otherwise
 
 
 def _json(content: bytes) -> Json:
@@ -399,5 +409,6 @@ def _refusal(action: str, failure: Any) -> CloudflareError:
     if place:
         hint = f"the expression is wrong at line {place[1]}, character {place[2]}"
     msg = f"{action}: Cloudflare answered {status}{_listed(codes)}: {hint}"
-    effect = "none" if status < 500 and status != 408 else "unknown"
+    # A redirect comes from whatever stands between, perhaps after it was carried out.
+    effect = "none" if 400 <= status < 500 and status != 408 else "unknown"
     return CloudflareError(msg, status, codes, effect, failure.response.headers.get("retry-after", ""))

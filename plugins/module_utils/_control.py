@@ -38,6 +38,11 @@ class Context:
     sleep: Callable[[float], None] = time.sleep
     deadline: float = 0.0
     tell: Callable[[str], None] = lambda line: None  # a line for the person who waits
+    effects: int = 0
+
+    def effective(self) -> None:
+        """A client has made a write that surely took effect. A change that fails after it cannot be called "not done"."""
+        self.effects += 1
 
     def secret(self, value: Any) -> Any:
         return self.secrets.add(value)

@@ -18,6 +18,8 @@ from ._errors import FirebreakError, Refused
 
 # What every reader of env files (a shell, systemd, Docker, dotenv libraries) takes as it stands.
 PLAIN = re.compile(r"[A-Za-z0-9_.,:/@%+=~-]+")
+HOST_SECONDS = 30.0
+LATE = 124  # as timeout(1) says it
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _WHY = {
@@ -27,6 +29,7 @@ _WHY = {
     74: "the values did not arrive whole",
     75: "somebody else changed it at the same time",
     77: "it cannot be read",
+    LATE: "the host did not end it in time",
 }
 
 # Standard input is NAME=VALUE for each name and a last line "=", which says that it is whole. Other lines stay to the byte.
@@ -97,9 +100,11 @@ sync -- "$(dirname -- "$f")" 2>/dev/null || sync
 """
 
 
-def compare(host: Any, env_file: str, values: dict[str, str]) -> tuple[str, dict[str, str]]:
+def compare(
+    host: Any, env_file: str, values: dict[str, str], seconds: float = HOST_SECONDS
+) -> tuple[str, dict[str, str]]:
     """What identifies this state of the file, and of each name whether it is current, stale or absent."""
-    status, output, _errors = _run(host, _COMPARE, [env_file], values, effect="none")
+    status, output, _errors = _run(host, _COMPARE, [env_file], values, seconds, effect="none")
     if status:
         raise FirebreakError(f"env_file cannot be used: {_why(status)}", effect="none")
     seen, *lines = output.decode("ascii", "replace").splitlines()
@@ -109,34 +114,36 @@ def compare(host: Any, env_file: str, values: dict[str, str]) -> tuple[str, dict
     return seen.strip(), standings
 
 
-def replace(host: Any, env_file: str, seen: str, values: dict[str, str]) -> None:
+def replace(host: Any, env_file: str, seen: str, values: dict[str, str], seconds: float = HOST_SECONDS) -> None:
     """Give these names their values, keeping mode and owner, unless the file is not the one that was seen."""
-    status, _output, _errors = _run(host, _REPLACE, [env_file, seen], values, effect="unknown")
+    status, _output, _errors = _run(host, _REPLACE, [env_file, seen], values, seconds, effect="unknown")
     if status:
-        effect = "none" if status in _WHY else "unknown"
+        effect = "none" if status in _WHY and status != LATE else "unknown"
         raise FirebreakError(f"env_file could not be replaced: {_why(status)}", effect=effect)
 
 
-def run_command(host: Any, command: list[str], what: str) -> None:
-    status, _output, _errors = _guarded(host, shlex.join(command), b"", "unknown")
+def run_command(host: Any, command: list[str], what: str, seconds: float = HOST_SECONDS) -> None:
+    status, _output, _errors = _guarded(host, command, b"", seconds, "unknown")
     if status:
-        raise FirebreakError(f"{what} ended with status {status}")
+        why = "did not end in time" if status == LATE else f"ended with status {status}"
+        raise FirebreakError(f"{what} {why}")
 
 
-def _run(host: Any, script: str, arguments: list[str], values: dict[str, str], effect: str) -> Any:
+def _run(host: Any, script: str, arguments: list[str], values: dict[str, str], seconds: float, effect: str) -> Any:
     for name, value in values.items():
         if not PLAIN.fullmatch(value):
             raise Refused(f"fields: the value for {name} has characters that readers of env files take differently")
     stdin = "".join(f"{name}={value}\n" for name, value in values.items()) + "=\n"
-    command = shlex.join(["/bin/sh", "-c", _OPEN + script, "firebreak", _EDIT, *arguments])
-    return _guarded(host, command, stdin.encode(), effect)
+    command = ["/bin/sh", "-c", _OPEN + script, "firebreak", _EDIT, *arguments]
+    return _guarded(host, command, stdin.encode(), seconds, effect)
 
 
-def _guarded(host: Any, command: str, stdin: bytes, effect: str) -> Any:
+def _guarded(host: Any, command: list[str], stdin: bytes, seconds: float, effect: str) -> Any:
+    """The host itself ends what takes too long: a command that hangs there would hang here."""
     if host is None:
         raise Refused("this control works on a host over its connection: it runs in its action, not with async")
     try:
-        return host.run(command, stdin)
+        return host.run(shlex.join(["timeout", f"{max(seconds, 1.0):.0f}", *command]), stdin)
     except FirebreakError as error:
         raise FirebreakError(error.msg, effect=effect) from None
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _case, _guards
 from ._case import Case, Entry, Moved, Stream, canonical
 from ._control import Context, Control
-from ._errors import FirebreakError, Refused, StoreUnavailable, Unproven
+from ._errors import Busy, FirebreakError, MissingLibrary, Refused, StoreUnavailable, Unproven
 from ._evidence import Evidence
 from ._plan import Change, Facts, Plan, at
 from ._store import attempt
@@ -26,6 +26,7 @@ from ._store import attempt
 PATIENCE = {"SEV-1": 120.0}
 PATIENCE_ELSE = 900.0
 UNATTENDED_AN_HOUR = 25
+AGAIN = "Once that is repaired, run the same command again: it goes on from there"
 
 COMMON: dict[str, Any] = {
     "case_store": {"type": "str"},
@@ -125,6 +126,10 @@ class Task:
         """How long the changes of this task may take: a sweep over millions says so itself."""
         return max(float(self.control.deadline), float(self.params.get("deadline") or 0))
 
+    def allow(self, seconds: float) -> None:
+        """From now on what is asked of the service has so long: reading, changing and looking again each have their own time."""
+        self.context.deadline = self.context.clock() + seconds
+
 
 def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     """Guards that need no plan, and the surroundings of the task."""
@@ -176,7 +181,7 @@ def execute(control: Any, params: dict[str, Any], context: Context) -> dict[str,
 def run(control: Control, params: dict[str, Any], context: Context) -> dict[str, Any]:
     """Carry out a control, or predict it."""
     task = prepare(control, params, context)
-    with client_of(task) as client:
+    with not_begun(task), client_of(task) as client:
         if context.check_mode:
             plan = decide(task, client)
             guard(task, plan, None)
@@ -187,7 +192,27 @@ def run(control: Control, params: dict[str, Any], context: Context) -> dict[str,
 
 
 @contextlib.contextmanager
+def not_begun(task: Task) -> Iterator[None]:
+    """What fails before the first change says so. A refusal is one by its nature, and so is a library that is missing."""
+    try:
+        yield
+    except (Refused, MissingLibrary, Busy):
+        raise
+    except FirebreakError as failure:
+        if "outcomes" in failure.facts:
+            raise
+        msg = f"{task.control.name} on {task.host}: {sentence(failure.msg)} Nothing was changed. {AGAIN}."
+        raise FirebreakError(msg, effect="none", **failure.facts) from None
+
+
+def sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
+
+
+@contextlib.contextmanager
 def client_of(task: Task) -> Any:
+    if isinstance(task.control, Control):
+        task.allow(task.seconds)
     client = task.control.service.connect(task.params, task.context)
     try:
         yield client
@@ -197,6 +222,8 @@ def client_of(task: Task) -> Any:
 
 def decide(task: Task, client: Any, read: Callable[[], Facts] | None = None) -> Plan:
     """Read and plan, and hold the plan to what every plan must be."""
+    if read is None:
+        task.allow(task.seconds)
     facts = read() if read is not None else task.control.read(client, task.params)
     if task.context.check_mode:
         facts = {**facts, **(task.params.get("assumed") or {})}
@@ -536,10 +563,11 @@ class Action:
     def _one(self, number: int, change: Change) -> None:
         task, control = self.task, self.task.control
         self.outcomes[number]["outcome"] = "unconfirmed"
+        task.context.effects = 0
         try:
             control.apply(self.client, task.params, change)
         except Exception as failure:
-            if getattr(failure, "effect", "unknown") == "none":
+            if getattr(failure, "effect", "unknown") == "none" and not task.context.effects:
                 self.outcomes[number]["outcome"] = "not done"
             raise
         self.outcomes[number]["outcome"] = "applied"
@@ -555,6 +583,7 @@ class Action:
         """Read again, plan again: nothing may be left to do."""
         task, control = self.task, self.task.control
         give_up = task.context.clock() + control.settle
+        task.context.deadline = max(task.context.deadline, give_up)
         while True:
             left = control.plan(task.params, control.read(self.client, task.params)).changes
             if not left:
@@ -582,7 +611,7 @@ class Action:
         )
         changed = bool(groups["done"] or groups["unconfirmed"])
         return {
-            "msg": f"{self.task.control.name} on {self.task.host}: {msg}. {listed}",
+            "msg": f"{self.task.control.name} on {self.task.host}: {sentence(msg)} {listed}. {AGAIN}.",
             "changed": changed,
             "outcomes": self.outcomes,
             "effect": "unknown" if groups["unconfirmed"] else "none",

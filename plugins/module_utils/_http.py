@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import dataclasses
+import email.utils
 import http.client
 import queue
+import re
 import ssl
 import threading
 import time
@@ -20,6 +22,17 @@ from ._control import Context
 from ._errors import FirebreakError, Refused
 
 LONGEST_BODY = 1 << 20
+# By OpenSSL's number: what a certificate lacks.
+NOT_ACCEPTED = {
+    10: "the server's certificate has expired",
+    18: "the server's certificate is of an unknown authority",
+    19: "the server's certificate is of an unknown authority",
+    20: "the server's certificate is of an unknown authority",
+    21: "the server's certificate is of an unknown authority",
+    62: "the server's certificate is another name's",
+    64: "the server's certificate is another address's",
+}
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
 
 class NoAnswer(FirebreakError):
@@ -53,6 +66,37 @@ def origin(url: str) -> str:
     """Scheme, host and port: what a message may show of an address (a query can hold a secret)."""
     parts = urllib.parse.urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def retry_after(text: str | None, now: float) -> float | None:
+    """How many seconds a server asks to wait, in seconds or as a date; None where it does not say."""
+    text = (text or "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        return float(text)
+    try:
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - now, 0.0)
+    except (ValueError, OverflowError):
+        return None
+
+
+def tls_failure(failure: BaseException | None) -> str | None:
+    """Why a TLS connection never came about, wherever that stands among the exceptions that a client wraps it in.
+
+    Any other failure of TLS may come after the request.
+    """
+    seen: list[BaseException] = []
+    todo: list[Any] = [failure]
+    while todo:
+        one = todo.pop()
+        if not isinstance(one, BaseException) or one in seen:
+            continue
+        seen.append(one)
+        if isinstance(one, ssl.SSLCertVerificationError):
+            return NOT_ACCEPTED.get(one.verify_code, "the server's certificate is not accepted")
+        if isinstance(one, ssl.SSLError) and one.reason in NO_TLS:
+            return "the server does not speak TLS there"
+        todo += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+    return None
 
 
 def _connection(
@@ -91,7 +135,9 @@ def request(
         content = answer.read(LONGEST_BODY)
         return Answer(answer.status, dict(answer.headers), content, time.monotonic() - started)
     except (OSError, http.client.HTTPException, ValueError) as exc:
-        raise NoAnswer(origin(url), type(exc).__name__, "unknown" if connected else "none") from None
+        raise NoAnswer(
+            origin(url), tls_failure(exc) or type(exc).__name__, "unknown" if connected else "none"
+        ) from None
     finally:
         if connection:
             connection.close()

@@ -99,7 +99,7 @@ def prove(client: Client, params: dict[str, Any], base: int) -> None:
         raise Unproven(f"the old {', '.join(absent)} cannot be read any more, so nobody can try it", effect="none")
     for proof in params["proof"]:
         before, after = client.secret(str(old[proof["field"]])), client.held["values"][proof["field"]]
-        prove_rotation(proof, before, after, client.clock())
+        prove_rotation(client, proof, before, after)
     record = {"mark": params["mark"], "base": base, "fields": fields_of(params), "done": True}
     salt = secrets.token_hex(16)
     _write_entry(client, params, {**record, "salt": salt, "digest": _digest(client.held["values"], salt)})

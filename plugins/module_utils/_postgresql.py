@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -33,7 +34,9 @@ SPEC: dict[str, Any] = {
     "postgresql_ca_cert": {"type": "str"},
 }
 CONNECT_SECONDS = 5
+SHORTEST_SECONDS = 1.0  # also after the deadline, for one more look
 STATEMENT_SECONDS = 20
+LOCK_SECONDS = 5
 # How long ended sessions, and a reloaded configuration, may take to show.
 PATIENCE = 10.0
 # libpq takes ~/.pgpass and a client certificate from the home directory unless told of files; these cannot exist.
@@ -45,7 +48,6 @@ SESSION = {
     "row_security": "off",
     # A lost synchronous standby must not hold up containment.
     "synchronous_commit": "local",
-    "lock_timeout": "5s",
     "TimeZone": "UTC",
     "DateStyle": "ISO",
 }
@@ -62,16 +64,22 @@ REASONS = {
     "53": ("the server is out of connections, memory or disk", "none"),
     "55P03": ("another session holds a lock on it", "none"),
     "57014": ("it took longer than allowed", "none"),
+    "57P03": ("the server is starting up or shutting down", "none"),
     "57P": ("the server ended our session", "unknown"),
+    "TLS": ("what TLS needs is not there or not accepted: see postgresql_sslmode and postgresql_ca_cert", "none"),
 }
 # Refusals before a session exists carry no SQLSTATE through libpq: these words are the server's and libpq's own.
 REFUSALS = {
+    "certificate": "TLS",
+    "SSL": "TLS",
     "authentication failed": "28",
     "no password supplied": "28",
-    "does not exist": "3D000",
     "is not permitted to log in": "28",
     "pg_hba.conf": "28",
-    "too many": "53",
+    "the database system is": "57P03",
+    "too many": "53300",
+    "remaining connection slots": "53300",
+    "does not exist": "3D000",
 }
 # Sessions that a fence ends: not replication, not this collection's, and no idle one of the responder's own role.
 OTHERS = """
@@ -127,7 +135,8 @@ class Client:
 
     def _connect(self) -> Any:
         params = self._params
-        settings = {**SESSION, "statement_timeout": f"{STATEMENT_SECONDS}s"}
+        limits = {"statement_timeout": STATEMENT_SECONDS, "lock_timeout": LOCK_SECONDS}
+        settings = {**SESSION, **{name: f"{1000 * self._at_most(seconds):.0f}ms" for name, seconds in limits.items()}}
         password = params["postgresql_password"] or self._context.env.get("PGPASSWORD")
         authority = {"sslrootcert": params["postgresql_ca_cert"]} if params.get("postgresql_ca_cert") else {}
         with _no_environment():
@@ -141,7 +150,7 @@ class Client:
                 sslcert=NO_FILE,
                 passfile=NO_FILE,
                 gssencmode="disable",
-                connect_timeout=CONNECT_SECONDS,
+                connect_timeout=math.ceil(self._at_most(CONNECT_SECONDS)),
                 client_encoding="utf8",
                 application_name=f"firebreak {self._context.correlation}",
                 options=" ".join(f"-c {name}={value}" for name, value in settings.items()),
@@ -149,6 +158,12 @@ class Client:
                 row_factory=psycopg.rows.dict_row,
                 **authority,
             )
+
+    def _at_most(self, seconds: float) -> float:
+        """So long, or as long as is left."""
+        if not self._context.deadline:
+            return seconds
+        return max(min(seconds, self._context.deadline - self._context.clock()), SHORTEST_SECONDS)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -180,6 +195,7 @@ class Client:
             self.run(action, "SET default_transaction_read_only = off")
             self._lifted = True
         self.run(action, statement)
+        self._context.effective()
 
     def copy(self, action: str, statement: Any, seconds: float) -> Iterator[bytes]:
         """The rows of a SELECT as CSV, a row at a time, the header first."""
@@ -192,7 +208,7 @@ class Client:
     @contextlib.contextmanager
     def _errors(self, action: str, seconds: float) -> Iterator[None]:
         """Our own words for what goes wrong: DETAIL and even the first line can hold rows. A server that hangs is cut off."""
-        watch = threading.Timer(seconds + CONNECT_SECONDS, self._cut)
+        watch = threading.Timer(self._at_most(seconds + CONNECT_SECONDS), self._cut)
         watch.daemon = True
         watch.start()
         try:
@@ -258,6 +274,7 @@ class Client:
         else:
             statement = psycopg.sql.SQL("ALTER SYSTEM SET {} = {}").format(name, psycopg.sql.Literal(value))
         self.run(f"change {parameter}", statement)
+        self._context.effective()
         self.reload()
 
     def reload(self) -> None:
@@ -278,7 +295,7 @@ class Client:
 
     def _until(self) -> Iterator[None]:
         """Attempts, for as long as is worth waiting."""
-        give_up = self._context.clock() + PATIENCE
+        give_up = self._context.clock() + self._at_most(PATIENCE)
         while self._context.clock() < give_up:
             yield
             self._context.sleep(0.01)
@@ -329,6 +346,7 @@ class Client:
                 "end sessions", f"SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a WHERE {which}", values
             ):
                 return
+            self._context.effective()
         raise FirebreakError("PostgreSQL: some sessions did not end; run the same command again")
 
     def end_sessions_of(self, role: str) -> None:

@@ -15,9 +15,11 @@ import urllib.parse
 from typing import Any
 
 from ._errors import Unproven
-from ._http import Answer, NoAnswer, origin, request
+from ._http import Answer, NoAnswer, origin, request, retry_after
 
 TOKEN_SECONDS = 60
+ANSWER_SECONDS = 5.0
+SHORTEST_SECONDS = 1.0
 SPEC: dict[str, Any] = {
     "field": {"type": "str", "required": True},
     "kind": {"type": "str", "choices": ["jwt", "webhook", "challenge"], "required": True},
@@ -30,15 +32,15 @@ SPEC: dict[str, Any] = {
 }
 
 
-def prove_rotation(proof: dict[str, Any], old: str, new: str, now: float) -> None:
+def prove_rotation(client: Any, proof: dict[str, Any], old: str, new: str) -> None:
     """The new value is accepted and the old one is refused, one attempt each: more could lock an account."""
     check = {"jwt": _jwt, "webhook": _webhook, "challenge": _challenge}[proof["kind"]]
-    check(proof, old, new, now)
+    check(client, proof, old, new)
 
 
-def answers_with(url: str, name: str, value: str) -> bool:
+def answers_with(client: Any, url: str, name: str, value: str) -> bool:
     """Whether the consumer's answer to a fresh nonce is the HMAC of this value; Unproven where it gives no HMAC."""
-    return _matches(_ask(url, name), value)
+    return _matches(_ask(client, url, name), value)
 
 
 def _matches(asked: tuple[bytes, str], value: str) -> bool:
@@ -46,10 +48,10 @@ def _matches(asked: tuple[bytes, str], value: str) -> bool:
     return hmac.compare_digest(answer.encode(), hmac.new(value.encode(), nonce, hashlib.sha256).hexdigest().encode())
 
 
-def _ask(url: str, name: str) -> tuple[bytes, str]:
+def _ask(client: Any, url: str, name: str) -> tuple[bytes, str]:
     nonce = secrets.token_bytes(32)
     query = urllib.parse.urlencode({"name": name, "nonce": nonce.hex()})
-    answer = _send("GET", f"{url}{'&' if '?' in url else '?'}{query}", f"the challenge for {name}")
+    answer = _send(client, "GET", f"{url}{'&' if '?' in url else '?'}{query}", f"the challenge for {name}")
     try:
         digest = json.loads(answer.body)["hmac"] if answer.status == 200 else None
     except (ValueError, KeyError, TypeError):
@@ -59,38 +61,49 @@ def _ask(url: str, name: str) -> tuple[bytes, str]:
     return nonce, digest.lower()
 
 
-def _send(method: str, url: str, what: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> Answer:
-    try:
-        return request(method, url, headers, body)
-    except NoAnswer as error:
-        raise Unproven(f"{what} could not be proven: {error.msg}", effect="none") from None
+def _send(
+    client: Any, method: str, url: str, what: str, headers: dict[str, str] | None = None, body: bytes | None = None
+) -> Answer:
+    """One attempt. A limit of requests was no attempt yet: it is waited for, where that ends in time."""
+    while True:
+        try:
+            answer = request(method, url, headers, body, min(ANSWER_SECONDS, max(client.left(), SHORTEST_SECONDS)))
+        except NoAnswer as error:
+            raise Unproven(f"{what} could not be proven: {error.msg}", effect="none") from None
+        if answer.status != 429:
+            return answer
+        wait = retry_after(answer.headers.get("Retry-After"), client.clock())
+        if wait is None or wait >= client.left():
+            asks = "" if wait is None else f" and asks to wait {wait:.0f} s"
+            raise Unproven(f"{what} could not be proven: {origin(url)} limits requests (429){asks}", effect="none")
+        client.sleep(wait)
 
 
-def _challenge(proof: dict[str, Any], old: str, new: str, _now: float) -> None:
+def _challenge(client: Any, proof: dict[str, Any], old: str, new: str) -> None:
     name = proof.get("name") or proof["field"]
-    asked = _ask(proof["url"], name)
+    asked = _ask(client, proof["url"], name)
     if _matches(asked, old):
         raise Unproven(f"{origin(proof['url'])} still works with the old {name}", effect="none")
     if not _matches(asked, new):
         raise Unproven(f"{origin(proof['url'])} works with neither the new nor the old {name}", effect="none")
 
 
-def _jwt(proof: dict[str, Any], old: str, new: str, now: float) -> None:
+def _jwt(client: Any, proof: dict[str, Any], old: str, new: str) -> None:
     def attempt(value: str) -> int:
-        token = signed_token(proof.get("claims") or {"sub": "firebreak"}, value, now)
+        token = signed_token(proof.get("claims") or {"sub": "firebreak"}, value, client.clock())
         headers = {"Authorization": f"Bearer {token}"}
-        return _send("GET", proof["url"], f"{proof['field']} as a token's key", headers).status
+        return _send(client, "GET", proof["url"], f"{proof['field']} as a token's key", headers).status
 
     _refused_and_accepted(proof, "token", attempt, old, new)
 
 
-def _webhook(proof: dict[str, Any], old: str, new: str, _now: float) -> None:
+def _webhook(client: Any, proof: dict[str, Any], old: str, new: str) -> None:
     body = (proof.get("body") or "{}").encode()
 
     def attempt(value: str) -> int:
         signature = (proof.get("prefix") or "") + hmac.new(value.encode(), body, hashlib.sha256).hexdigest()
         headers = {proof.get("header") or "X-Signature": signature, "Content-Type": "application/json"}
-        return _send("POST", proof["url"], f"{proof['field']} as a webhook's key", headers, body).status
+        return _send(client, "POST", proof["url"], f"{proof['field']} as a webhook's key", headers, body).status
 
     _refused_and_accepted(proof, "webhook", attempt, old, new)
 

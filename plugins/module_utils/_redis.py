@@ -32,8 +32,9 @@ SPEC: dict[str, Any] = {
 }
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10
+SHORTEST_SECONDS = 1.0
 OLDEST_SERVER = (6, 2)
-LATE = "deadline: the sweep did not end in time. Run the task again, which goes on."
+LATE = "deadline: the sweep did not end in time."
 MOST_PASSES = 5
 MOST_REMEMBERED = 500
 # A request that took an old session just before the last look may write its successor a moment later.
@@ -68,7 +69,9 @@ class Client:
     def __init__(self, redis: Any, params: dict[str, Any], password: str | None, context: Context) -> None:
         self.held = Held()
         self.clock = context.clock
+        self._context = context
         self._sdk = redis
+        left = self._left(ANSWER_SECONDS)
         self._redis = redis.Redis(
             host=params["redis_host"],
             port=params["redis_port"],
@@ -76,8 +79,8 @@ class Client:
             username=params.get("redis_username"),
             password=password,
             ssl=params["redis_tls"],
-            socket_connect_timeout=CONNECT_SECONDS,
-            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=min(CONNECT_SECONDS, left),
+            socket_timeout=left,
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
             protocol=2,
             driver_info=None,
@@ -85,6 +88,12 @@ class Client:
 
     def close(self) -> None:
         self._redis.close()
+
+    def _left(self, seconds: float) -> float:
+        """So long, or as long as the engine allows."""
+        if not self._context.deadline:
+            return seconds
+        return max(min(seconds, self._context.deadline - self.clock()), SHORTEST_SECONDS)
 
     def primary(self) -> None:
         """Refuse everything but one writable primary that holds all keys."""
@@ -109,6 +118,7 @@ class Client:
         """Set a key, conditionally on nothing; the same write twice is the same state."""
         expiry = ("EXAT", expire_at) if expire_at and expire_at > self.clock() else ()
         self._call("write a key", "SET", key, value, *expiry)
+        self._context.effective()
 
     def existing(self, keys: list[bytes]) -> int:
         return int(self._call("look for keys", "EXISTS", *keys, effect="none")) if keys else 0
@@ -134,7 +144,9 @@ class Client:
         the next page is already asked for.
         """
         with self._translated("sweep the keys"), self._connections() as new:
-            return self._scan_once(new, match, pick, _Work(new(), condemn), count, time.monotonic() + seconds)
+            return self._scan_once(
+                new, match, pick, _Work(new(), condemn), count, time.monotonic() + self._left(seconds)
+            )
 
     def sweep_until_none(
         self, match: bytes, pick: Pick, condemn: Condemn, count: int, seconds: float, prefix: bytes
@@ -144,7 +156,7 @@ class Client:
         From the second scan on the server tells which keys below ``prefix`` others write, and these are looked at as well:
         a key that is renewed under a new name faster than the scan goes round would slip through every scan.
         """
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self._left(seconds)
         revoked = self.sweep(match, pick, condemn, count, seconds)
         with self._translated("sweep the keys"), self._connections() as new:
             work = _Work(new(), condemn)
@@ -172,9 +184,14 @@ class Client:
                 raise FirebreakError(f"{LATE} {gone} keys went in the last scan.")
             keys = pick(page + (watch.changed() if watch else []))
             self._remember(keys)
-            gone += work.feed(keys)
-        gone += work.drain()
+            gone += self._noted(work.feed(keys))
+        gone += self._noted(work.drain())
         return gone + (_settle(watch, work, pick, until) if watch else 0)
+
+    def _noted(self, gone: int) -> int:
+        if gone:
+            self._context.effective()
+        return gone
 
     def _remember(self, keys: list[bytes]) -> None:
         """A few of the names, for the proof."""

@@ -119,8 +119,10 @@ class Undo:
 
     def _group(self, control: Control, group: list[dict[str, Any]]) -> bool:
         """Undo changes that share one set of arguments. False where somebody else's change is in the way."""
-        task = self._task(control, group[0]["undo"])
-        with _engine.client_of(task) as client:
+        # One context for the whole of it: the client has to know the deadline of the changes.
+        context = dataclasses.replace(self.context)
+        task = self._task(control, group[0]["undo"], context)
+        with _engine.not_begun(task), _engine.client_of(task) as client:
             back = self.report.back.setdefault(self.intent.body["what"], [])
             facts = control.read(client, task.params)
             for diff in back:
@@ -143,7 +145,7 @@ class Undo:
                 return not conflicts
             if group[0]["bulk"] is not None:
                 undo[group[0]["bulk"]] = [one for one in undo[group[0]["bulk"]] if _element(one) in needed]
-            task = self._task(control, undo)
+            task = self._task(control, undo, context)
             self._exact(control.plan(task.params, facts).after, group, needed)
             if self.context.check_mode:
                 task.params["assumed"] = facts if back else {}
@@ -173,7 +175,7 @@ class Undo:
     def _line(self, change: dict[str, Any]) -> dict[str, Any]:
         return {"host": self._host, "control": self.name, "action": change["action"], "target": change["target"]}
 
-    def _task(self, control: Control, undo: dict[str, Any]) -> _engine.Task:
+    def _task(self, control: Control, undo: dict[str, Any], context: Context) -> _engine.Task:
         """The control with the arguments of its undo; where and as whom to connect comes from the host's variables."""
         spec = _engine.spec_of(control)
         options = spec.pop("argument_spec")
@@ -186,7 +188,6 @@ class Undo:
             raise FirebreakError(
                 "the recorded undo does not fit this version's options; release it by hand", effect="none"
             )
-        context = dataclasses.replace(self.context)
         return _engine.prepare(control, checked.validated_parameters, context)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from ._control import Context
 from ._deps import require
 from ._errors import FirebreakError, Refused
-from ._http import check_url
+from ._http import check_url, retry_after, tls_failure
 from ._redact import Held
 
 REQUIRED = ("vault_url",)
@@ -38,7 +38,6 @@ ANSWER_SECONDS = 10.0
 SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 ATTEMPTS = 3
 PASSING = (0, 500, 502, 503, 504)  # 0 is no answer
-LONGEST_PAUSE = 5.0
 DEFAULT_VERSIONS = 10  # where neither secret nor mount says how many are kept
 
 NO_VAULT = "what answered {} does not speak as Vault does: see vault_url"
@@ -68,7 +67,8 @@ class NoAnswer(VaultError):
     """None came."""
 
     def __init__(self, action: str, exc: Exception) -> None:
-        super().__init__(f"{action}: vault_url gave no answer ({type(exc).__name__})", 0, _effect_of(exc))
+        reason = tls_failure(exc) or type(exc).__name__
+        super().__init__(f"{action}: vault_url gave no answer ({reason})", 0, _effect_of(exc))
         names = {type(each).__name__ for each in (exc, *exc.args)}  # one failure, another type in head and body
         self.hung = bool(names & {"ReadTimeout", "ReadTimeoutError"})
 
@@ -160,7 +160,7 @@ class Client:
 
     # Requests
 
-    def _left(self) -> float:
+    def left(self) -> float:
         """Seconds to the deadline of the changes. Before there is one, each request has its own."""
         return self._context.deadline - self.clock() if self._context.deadline else 2 * ANSWER_SECONDS
 
@@ -168,7 +168,7 @@ class Client:
         headers = {**kwargs.pop("headers", {})}
         if self._context.correlation:
             headers["X-Correlation-Id"] = self._context.correlation
-        wait = max(self._left(), SHORTEST_SECONDS)
+        wait = max(self.left(), SHORTEST_SECONDS)
         kwargs["timeout"] = (min(CONNECT_SECONDS, wait), min(ANSWER_SECONDS, wait))
         try:
             return self._adapter.request(
@@ -192,8 +192,12 @@ class Client:
                 if again:
                     error.effect = "none"
                 passing = error.status == 429 or (again and error.status in PASSING and not error.hung)
-                pause = _pause(error.retry_after, attempt)
-                if not passing or attempt == ATTEMPTS or pause >= self._left():
+                asked = retry_after(error.retry_after, self.clock())
+                pause = 0.2 * attempt if asked is None else asked
+                if not passing or attempt == ATTEMPTS or pause >= self.left():
+                    if asked is not None:
+                        error.msg += f"; it asks to wait {asked:.0f} s"
+                        error.args = (error.msg,)
                     raise
             self.sleep(pause)
 
@@ -264,6 +268,7 @@ class Client:
                 raise VaultError(f"{action}: {_HINTS[404]} (404)", 404, "none")
             if not body.get("data"):
                 raise VaultError(f"{action}: Vault answered {status} without a version", status, "unknown")
+            self._context.effective()
             return int(body["data"]["version"])
         except VaultError as error:
             if error.effect == "none" and not isinstance(error, Mismatch):
@@ -299,6 +304,7 @@ class Client:
         where, action = f"{mount}/destroy/{path}", f"destroy old versions of {mount}/{path}"
         try:
             self._call("put", where, action, False, json={"versions": versions})
+            self._context.effective()
         except VaultError as error:
             if error.effect == "none" or self._remain(mount, path, versions):
                 raise
@@ -316,18 +322,11 @@ def undestroyed(metadata: dict[str, Any] | None) -> list[int]:
     return sorted(int(number) for number, entry in versions.items() if not entry.get("destroyed"))
 
 
-def _pause(retry_after: str | None, attempt: int) -> float:
-    try:
-        return min(float(retry_after or ""), LONGEST_PAUSE)
-    except ValueError:
-        return 0.2 * attempt
-
-
 def _effect_of(exc: Exception) -> str:
     """A connection that was never made carried nothing."""
     errors = _requests.exceptions  # type: ignore[union-attr]
     reason = getattr(exc.args[0], "reason", None) if exc.args else None
-    never = isinstance(exc, (errors.ConnectTimeout, errors.SSLError, errors.InvalidURL))
+    never = isinstance(exc, (errors.ConnectTimeout, errors.InvalidURL)) or tls_failure(exc) is not None
     return "none" if never or type(reason).__name__ in ("NewConnectionError", "NameResolutionError") else "unknown"
 
 

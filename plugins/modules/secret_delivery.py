@@ -119,20 +119,21 @@ def read(client: _vault.Client, params: dict[str, Any]) -> Facts:
     secret = client.read_secret(params["engine_mount_point"], params["path"]) or {"version": 0, "data": None}
     data = secret["data"] or {}
     values = {name: client.secret(str(data[field])) for field, name in params["fields"].items() if field in data}
-    seen, standings = _delivery.compare(client.host, params["env_file"], values)
+    seen, standings = _delivery.compare(client.host, params["env_file"], values, client.left())
     client.held.update(seen=seen, values=values, version=secret["version"])
     fields = {name: standings.get(name, "unknown") for name in params["fields"].values()}
     version = max(secret["version"], params["version"] or 0)
     if version > secret["version"]:  # what will be there is in no file yet
         fields = {name: "stale" if standing == "current" else standing for name, standing in fields.items()}
         return {"version": version, "fields": fields, "consumer": "stale"}
-    return {"version": version, "fields": fields, "consumer": _consumer(params, values)}
+    return {"version": version, "fields": fields, "consumer": _consumer(client, params, values)}
 
 
-def _consumer(params: dict[str, Any], values: dict[str, str]) -> str:
+def _consumer(client: _vault.Client, params: dict[str, Any], values: dict[str, str]) -> str:
     try:
-        answers = [answers_with(params["proof_url"], name, value) for name, value in values.items()]
-    except Unproven:
+        answers = [answers_with(client, params["proof_url"], name, value) for name, value in values.items()]
+    except Unproven as failure:
+        client.held["why"] = failure.msg
         return "unreachable"
     return "current" if all(answers) else "stale"
 
@@ -169,25 +170,24 @@ def _check_options(params: dict[str, Any]) -> None:
 
 def apply(client: _vault.Client, params: dict[str, Any], change: Change) -> None:
     if change.data["step"] == "reload":
-        _delivery.run_command(client.host, params["reload"], "reload")
+        _delivery.run_command(client.host, params["reload"], "reload", client.left())
         return
     held = client.held
     if held["version"] < change.data["version"]:
         raise FirebreakError(
             f"Vault holds version {held['version']} of the secret, not yet {change.data['version']}", "none"
         )
-    _delivery.replace(client.host, params["env_file"], held["seen"], held["values"])
+    _delivery.replace(client.host, params["env_file"], held["seen"], held["values"], client.left())
 
 
 def prove(client: _vault.Client, params: dict[str, Any], change: Change) -> None:
     if change.data["step"] != "reload":
         return
-    until = client.clock() + params["proof_patience"]
-    while (consumer := _consumer(params, client.held["values"])) != "current":
+    until = client.clock() + min(params["proof_patience"], client.left())
+    while (consumer := _consumer(client, params, client.held["values"])) != "current":
         if client.clock() >= until:
-            raise Unproven(
-                f"reloaded, but proof_url shows that the consumer is {consumer}: it does not use the new values"
-            )
+            why = client.held["why"] if consumer == "unreachable" else "it does not use the new values"
+            raise Unproven(f"reloaded, but proof_url shows that the consumer is {consumer}: {why}")
         client.sleep(0.1)
 
 

@@ -1,0 +1,320 @@
+# Copyright: The firebreak.incident contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever goes wrong with a service: a run ends converged, or in an honest failure, in bounded time and with no effect twice.
+
+An honest failure names what was done, what is unconfirmed and what was not done, and a remedy; what it says of each is held
+against what the servers show, and the journal says the same. When the fault is gone the same command converges, and a release
+from there restores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.firebreak.incident.plugins.module_utils._control import Control
+from ansible_collections.firebreak.incident.plugins.module_utils._verify import verify
+from lab.client import Lab
+from tests import helpers
+from tests.rows import Row
+from tests.truth import FULL, budget
+from tests.truth.injector import Fault
+from tests.truth.services import ELSEWHERE, FOR_LONG, HOST, Party, Service, services_of
+from tests.truth.test_kill import Round, comparable
+
+ROWS = helpers.every_row()
+POINTS = budget(1, 8)  # requests that each fault meets, one in a run
+SETTLE = 0.5
+# Where a control has an option for it, which can only lengthen the time.
+DEADLINE = 3
+# Reading and changing have their time each, looking again has what is left of it and the time to settle; a last request, also
+# of the look-up after an unclear one, begins before that is over. The rest is for a busy machine.
+LAST_REQUESTS, BUSY_MACHINE = 4.0, 4.0
+MADE = ("applied", "proved", "unproven")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    differs: frozenset[str]
+    text: str
+
+    def between(self, one: State, other: State) -> bool:
+        """A change of several steps may have ended after any of them."""
+        return one.differs & other.differs <= self.differs <= one.differs | other.differs
+
+
+class Scene:
+    """One row with something between it and everybody whom it talks to."""
+
+    def __init__(self, lab: Lab, row: Row, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.lab, self.row, self.folder = lab, row, folder
+        self.params = row.params(lab)
+        self.parties: dict[str, Party] = {}
+        self.host: Any = None
+        for service in services_of(row.control):
+            party, self.params = service.stand(lab, self.params, stack)
+            self.parties[service.name] = party
+        self.host = self.parties.get(HOST.name)
+
+    def calm(self) -> None:
+        for party in self.parties.values():
+            party.arm(None)
+
+    def round(self) -> Trial:
+        trial = Trial(self.lab, self.row)
+        trial.host = self.host
+        trial.params |= self.params
+        if "deadline" in trial.control.spec["argument_spec"]:
+            trial.params["deadline"] = DEADLINE
+        trial.entries = (trial.journal() or {"seq": None})["seq"]
+        self.calm()
+        return trial
+
+
+class Trial(Round):
+    """One incident, whose control is carried out through what stands between."""
+
+    host: Any = None
+    entries: int | None = None  # in its stream so far
+
+    def again(self) -> dict[str, Any]:
+        return helpers.execute(self.control, self.params, host=self.host)
+
+    def release(self) -> dict[str, Any]:
+        return helpers.release(self.lab, self.store, self.name, self.params, self.incident, host=self.host)
+
+    def disturbed(self, seconds: float, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A run that has so long for its changes; how long it may take follows from that."""
+        with short_of_time(self.name, seconds) as control:
+            began = time.monotonic()
+            result = helpers.execute(control, {**self.params, **(params or {})}, host=self.host)
+            seconds = max(seconds, float(self.params.get("deadline") or 0))
+            took = time.monotonic() - began
+        assert took < 2 * seconds + SETTLE + LAST_REQUESTS + BUSY_MACHINE, f"{took:.1f} s"
+        return result
+
+    def told(self, seen: dict[str, Any]) -> State:
+        """A state by what differs from before; a reversible control's to the byte."""
+        differs = frozenset(masked(path) for path in differing(self.before, seen))
+        return State(differs, comparable(seen, self.incident) if self.row.reversible else "")
+
+    def journal(self) -> dict[str, Any] | None:
+        stream = self.case().stream(self.row.host, self.control.evidence)
+        stream.load()
+        return stream.head.doc if stream.head else None
+
+
+@contextlib.contextmanager
+def short_of_time(name: str, seconds: float, **more: Any) -> Iterator[Control]:
+    """Undisturbed runs have the control's own time, so that a busy machine disturbs none."""
+    module = helpers.module_of(name)
+    usual = module.CONTROL
+    module.CONTROL = dataclasses.replace(usual, deadline=seconds, settle=SETTLE, **more)
+    try:
+        yield module.CONTROL
+    finally:
+        module.CONTROL = usual
+
+
+def differing(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from differing(before.get(key), after.get(key), f"{path}.{key}")
+    elif before != after:
+        yield path
+
+
+def masked(path: str) -> str:
+    """Without ids and numbers, which no two rounds share."""
+    return re.sub(r"INC-[\d-]+|\b[0-9a-f]{12,}\b|\d+", "#", path)
+
+
+@dataclasses.dataclass
+class Undisturbed:
+    """What a run does when nothing goes wrong: the states it goes through, and the requests it makes of each party."""
+
+    states: list[State]
+    requests: dict[str, list[Any]]
+    written: Counter[str]
+
+    @classmethod
+    def watch(cls, scene: Scene) -> Undisturbed:
+        plain = scene.round()
+        assert not (result := plain.again()).get("failed"), result
+        requests = {name: list(party.seen) for name, party in scene.parties.items()}
+        plain.release()
+        trial = scene.round()
+        states = [trial.told(trial.look())]
+        prove: Callable[..., None] | None = trial.control.prove
+
+        def noted(client: Any, params: dict[str, Any], change: Any) -> None:
+            if prove is not None:
+                prove(client, params, change)
+            states.append(trial.told(trial.look()))
+
+        with short_of_time(trial.name, 30.0, prove=noted):
+            assert not (result := trial.again()).get("failed"), result
+        trial.releases(trial.look())
+        return cls(states, requests, written(scene))
+
+
+def written(scene: Scene) -> Counter[str]:
+    """The writes that servers said they did, by what they were."""
+    seen = (request for party in scene.parties.values() for request in party.seen)
+    return Counter(masked(request.name) for request in seen if request.writes and request.well)
+
+
+def chosen(fits: list[int], number: int) -> list[int]:
+    """Some of the requests that a fault can meet: spread over all, and other ones for each fault."""
+    count = min(POINTS, len(fits))
+    return sorted({fits[(number * 5 + step * len(fits) // count) % len(fits)] for step in range(count)})
+
+
+def honest(trial: Trial, result: dict[str, Any], undisturbed: Undisturbed) -> None:
+    """What a failure says is what the servers show, and what the journal says."""
+    text = json.dumps(result)
+    secrets = {*trial.lab.secrets(), *trial.row.secrets(trial.lab)}
+    assert not [secret for secret in secrets if secret in text]
+    assert "canary" not in text and "unexpected" not in text and "Traceback" not in text
+    msg = result["msg"]
+    options = {*helpers.module_of(trial.name).CONTROL.service.SPEC, *trial.control.spec["argument_spec"]}
+    assert "ame command again" in msg or any(re.search(rf"\b{name}\b", msg) for name in options), msg
+    outcomes = result.get("outcomes", [])
+    entry = trial.journal()
+    refused = entry is not None and (entry["kind"], entry["body"].get("why")) == ("refused", msg)
+    if not outcomes:
+        assert (refused or "othing was changed" in msg) and not result["changed"], result
+    words = {
+        **dict.fromkeys(("applied", "proved"), "done"),
+        **dict.fromkeys(("unconfirmed", "unproven"), "unconfirmed"),
+    }
+    listed = dict(
+        re.findall(r"(?:\. |; )(done|unconfirmed|not done): (.*?)(?=; unconfirmed: |; not done: |\. Once)", msg)
+    )
+    for one in outcomes:
+        assert f"{one['action']} {one['target']}" in listed[words.get(one["outcome"], "not done")], msg
+    made = [one for one in outcomes if one["outcome"] in MADE]
+    unclear = [one for one in outcomes if one["outcome"] == "unconfirmed"]
+    assert result["changed"] == bool(made or unclear), result
+    seen, may = trial.told(trial.look()), undisturbed.states[len(made) : len(made) + 1 + len(unclear)]
+    assert seen in may or (unclear and seen.between(*may)), (msg, sorted(seen.differs), may)
+    if outcomes:
+        assert entry is not None and (entry["kind"], entry["body"]["outcomes"]) == ("failed", outcomes)
+        assert entry["body"]["why"] == msg
+    else:
+        assert refused or (entry and entry["seq"]) == trial.entries, entry
+
+
+def goes_on(trial: Trial, undisturbed: Undisturbed, scene: Scene, number: int) -> None:
+    """The fault is gone: the same command converges, and a release restores, from there or from the very failure."""
+    scene.calm()
+    if number % 2:
+        released = trial.release()
+        assert not released.get("failed"), released["msg"]
+        if trial.row.reversible:
+            assert trial.look() == trial.before
+            assert verify(trial.case())["valid"]
+            return
+    seen = trial.ends_as_undisturbed()
+    assert trial.told(seen) == undisturbed.states[-1]
+    trial.releases(seen)
+    assert verify(trial.case())["valid"]
+
+
+def turns(service: Service, row: Row) -> tuple[int, int]:
+    """In the short form the rows of a service share what can go wrong with it; the whole form tries all with each."""
+    rows = [helpers.name_of(each) for each in ROWS if service in services_of(each.control)]
+    return (0, 1) if FULL else (rows.index(helpers.name_of(row)), len(rows))
+
+
+class Tries:
+    """Everything that is tried with one row; what does not hold is collected, and told with what it was."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.undisturbed = Undisturbed.watch(scene)
+        self.tried = self.of = 0
+        self.lies: list[str] = []
+
+    def service(self, service: Service) -> None:
+        asked = self.undisturbed.requests[service.name]
+        turn, of = turns(service, self.scene.row)
+        for number, fault in enumerate(service.faults):
+            fits = [place for place, request in enumerate(asked, 1) if fault.fits(request)]
+            self.of += len(fits)
+            for point in chosen(fits, number) if fits and number % of == turn else []:
+                with self.told(f"{service.name}: {fault.name}, request {point} ({asked[point - 1].name[:80]})"):
+                    self.tried += suffers(self.scene, self.undisturbed, service, fault, point, number)
+        trial = self.scene.round()
+        self.of += len(service.places)
+        for number, (name, place) in enumerate(service.places.items()):
+            if number % of == turn:
+                with self.told(f"{service.name}: {name}"):
+                    self.tried += 1
+                    begins_nothing(self.scene, trial, self.undisturbed, place)
+        with self.told(f"{service.name}: the same command at last"):
+            goes_on(trial, self.undisturbed, self.scene, 0)
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except AssertionError as failure:
+            self.lies.append(f"{what}: {failure}")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
+def test_a_service_goes_wrong(
+    lab: Lab, row: Row, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        tries = Tries(Scene(lab, row, tmp_path, stack))
+        for service in services_of(row.control):
+            tries.service(service)
+    assert tries.lies == [], "\n\n".join(tries.lies)
+    assert tries.tried
+    record_property("tried", tries.tried)
+    record_property("of", tries.of)
+
+
+def suffers(scene: Scene, undisturbed: Undisturbed, service: Service, fault: Fault, point: int, number: int) -> bool:
+    """One request of one run."""
+    trial = scene.round()
+    party = scene.parties[service.name]
+    party.arm(fault, point)
+    began = time.monotonic()
+    result = trial.disturbed(fault.seconds)
+    seconds = time.monotonic() - began
+    met = party.hits
+    assert ELSEWHERE.seen == []
+    if result.get("failed"):
+        honest(trial, result, undisturbed)
+    else:
+        assert trial.told(trial.look()) == undisturbed.states[-1], result
+        assert not (twice := written(scene) - undisturbed.written), twice
+    if met and fault.name == "429 for long" and result.get("failed"):
+        assert seconds < fault.seconds and f"{FOR_LONG} s" in result["msg"], result["msg"]
+    if met and fault.name == "429 for a second":
+        assert not result.get("failed"), result["msg"]
+    goes_on(trial, undisturbed, scene, number + point)
+    return bool(met)
+
+
+def begins_nothing(scene: Scene, trial: Trial, undisturbed: Undisturbed, place: Any) -> None:
+    """Where nobody answers, or not the one who should, or with other credentials."""
+    usual = scene.row.params(scene.lab)
+    with place(scene.lab, usual, scene.folder) as elsewhere:
+        changed = {key: value for key, value in elsewhere.items() if value != usual.get(key)}
+        result = trial.disturbed(1.0, changed)
+    assert result.get("failed") or not changed, result
+    if result.get("failed"):
+        honest(trial, result, undisturbed)
