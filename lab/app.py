@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import collections
+import email.utils
 import hmac
 import json
 import os
@@ -365,6 +366,7 @@ class Handler(BaseHTTPRequestHandler):
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
             f"Content-Type: {kind}",
             f"Content-Length: {len(data)}",
+            f"Date: {email.utils.formatdate(usegmt=True)}",
         ]
         if self._correlation():
             lines.append("X-Correlation-Id: " + re.sub(r"[^\w.:/-]", "_", self._correlation()))

@@ -78,6 +78,9 @@ def surroundings(lab: Any, store: str, host: str, incident_id: str | None = None
     """The options that say which incident, where its case is, and on which system."""
     known = lab.hostvars(host)
     given = {"site": "lab", "owner": "lab", "case_store": store, "protected": known["firebreak_protected"]}
+    if store.startswith("s3:"):
+        names = ("case_access_key_id", "case_secret_access_key")
+        given |= {name: known[f"firebreak_{name}"] for name in names}
     return {**given, "incident_id": incident_id} if incident_id else given
 
 

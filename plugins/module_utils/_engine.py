@@ -426,8 +426,7 @@ class Action:
         for _attempt in range(20):
             try:
                 plan = decide(task, self.client, read)
-                self._needs_store(journal, plan)
-                overridden = guard(task, plan, journal)
+                overridden = [*self._needs_store(journal, plan), *guard(task, plan, journal)]
                 if not plan.changes:
                     return self._nothing_to_do(journal, plan)
                 of = self._intent(journal, plan, overridden)
@@ -454,13 +453,17 @@ class Action:
         seen = attempt(lambda: self.task.control.read(self.client, self.task.params))
         return seen if settled() else None
 
-    def _needs_store(self, journal: Journal, plan: Plan) -> None:
-        if journal.lost and _guards.irreversible(plan) and "store" not in self.task.glass:
+    def _needs_store(self, journal: Journal, plan: Plan) -> list[dict[str, str]]:
+        """What cannot be undone wants its record; what was overridden for it is returned."""
+        if not journal.lost or not _guards.irreversible(plan):
+            return []
+        if "store" not in self.task.glass:
             raise Refused(
                 f"case_store: it cannot be reached, and {self.task.control.name} cannot be undone; "
                 "repair the store, or give break glass for store",
                 guard="store",
             )
+        return [{"guard": "store", "reason": self.task.glass["store"]}]
 
     def _nothing_to_do(self, journal: Journal, plan: Plan) -> dict[str, Any]:
         left = None if journal.lost else journal.unconfirmed()
@@ -501,7 +504,7 @@ class Action:
                 self._begin(journal, plan, "resumed", {"of": left.seq, **journal.stream.claim(task.seconds)})
             return left.seq
         for override in overridden:
-            journal.write("override", {"control": task.control.name, **override})
+            self._begin(journal, plan, "override", {"control": task.control.name, **override})
         now = task.context.clock()
         body: dict[str, Any] = {
             "control": task.control.name,
@@ -530,7 +533,8 @@ class Action:
                 return journal.stream.append(kind, body).seq
             except StoreUnavailable:
                 journal.lost = True
-        self._needs_store(journal, plan)
+            for override in self._needs_store(journal, plan):
+                journal.write("override", {"control": self.task.control.name, **override})
         return journal.write(kind, body)
 
     def _carry_out(self, journal: Journal, plan: Plan, of: int | str) -> dict[str, Any]:
