@@ -354,7 +354,7 @@ class Case:
             "kind": kind,
             "body": body,
             "live": advance(list(before.doc["live"]) if before else [], seq, kind, body),
-            "refused": refusals(before.doc.get("refused", {}) if before else {}, kind, body),
+            "not_done": refusals(before.doc.get("not_done", {}) if before else {}, kind, body),
             "prev": before.digest if before else FIRST,
             "nonce": secrets.token_hex(8),
             **(kept or {}),

@@ -489,7 +489,7 @@ class Action:
         what, ours = identity(task.control, task.params), about(task.control, task.params)
         found = [
             refused
-            for refused, one in head.doc.get("refused", {}).items()
+            for refused, one in head.doc.get("not_done", {}).items()
             if refused == what or (one["control"] == task.control.name and same_matter(one["about"], ours))
         ]
         return {"clears": found} if found else {}

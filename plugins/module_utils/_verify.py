@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -87,6 +89,7 @@ class Verification:
             "entries": sum(len(chain) for chain in self.chains.values()),
             "streams": len([chain for chain in self.chains.values() if chain]),
             "seals": [{"turn": entry.body.get("turn"), "digest": entry.digest} for entry in seals],
+            "skew": _skew(self.own),
         }
 
     def _is_bad(self, where: str, why: str) -> None:
@@ -189,6 +192,15 @@ def _unparsed(data: bytes, mark: bytes, before: str) -> str:
         return ""
     digest = hashlib.sha256(data[: here - 74] + data[here + 2 :]).hexdigest()
     return digest if data.startswith(digest.encode(), here - 64) else ""
+
+
+def _skew(own: list[Entry]) -> float:
+    """By how many seconds the clocks of the machines differ, at least: how far an entry seems older than the one before it."""
+    try:
+        times = [datetime.datetime.fromisoformat(entry.doc["time"]) for entry in own]
+    except UNREADABLE:
+        return 0.0
+    return max([0.0, *((one - other).total_seconds() for one, other in itertools.pairwise(times))])
 
 
 def _heads(seals: list[Entry]) -> dict[str, int]:

@@ -61,6 +61,13 @@ seals:
   returned: always
   type: list
   elements: dict
+skew:
+  description:
+    - By how many seconds the clocks of the machines that wrote differ, at least. It alters nothing, since the order of entries is that
+      of the chain, never a clock's.
+  returned: always
+  type: float
+  sample: 0.0
 incident_id:
   description: The incident.
   returned: always
@@ -75,6 +82,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._control import
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
+SKEW_SECONDS = 5.0
 SPEC: dict[str, Any] = {"argument_spec": {"expect": {"type": "str"}}}
 
 
@@ -86,6 +94,10 @@ def read(client: _case.Case, params: dict[str, Any]) -> dict[str, Any]:
     seen["screen"] = [
         f"{client.id}: {seen['entries']} entries in {seen['streams']} streams, {len(seen['seals'])} seals: all as written"
     ]
+    if seen["skew"] > SKEW_SECONDS:
+        seen["screen"].append(
+            f"The clocks of its machines differ by {seen['skew']:.0f} s or more: go by the order of entries, not by their times"
+        )
     return seen
 
 

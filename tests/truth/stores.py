@@ -269,7 +269,7 @@ class S3(Place):
             server.close()
 
     def read(self, incident: str) -> dict[str, bytes]:
-        start = f"{self._prefix}/{incident}/"
+        start = f"{self._prefix}/{incident}/" if incident else f"{self._prefix}/"
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=start)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         return {

@@ -32,11 +32,12 @@ from ansible_collections.firebreak.incident.plugins.module_utils._control import
 from ansible_collections.firebreak.incident.plugins.module_utils._verify import verify
 from ansible_collections.firebreak.incident.plugins.modules import incident
 from lab.client import Lab
-from tests import helpers, runs
+from tests import dumps, helpers, runs
 from tests.contract.rotation_walk import LocalHost
 from tests.helpers_search import Search
 from tests.rows import Row
 from tests.truth import FULL, budget
+from tests.truth.playbooks import SCENARIOS, play
 from tests.truth.stores import S3, Folder, Place
 
 ROWS = helpers.every_row()
@@ -369,3 +370,29 @@ def test_a_clock_that_is_wrong_moves_no_date_of_an_incident(lab: Lab, places: di
         assert [again[name] for name in ("expires", "issued_before")] == [opened["expires"], opened["issued_before"]]
     if isinstance(place, S3):
         place.ahead = 0.0
+
+
+# --- playbooks
+
+
+@pytest.mark.parametrize("playbook", sorted(SCENARIOS))
+def test_a_playbook_whose_store_is_gone_touches_nothing_and_says_so(
+    lab: Lab, places: dict[str, Place], tmp_path: Path, playbook: str
+) -> None:
+    place = places["s3"]
+    assert isinstance(place, S3)
+    place.heal()
+    incident_id = helpers.open_incident(lab, place.uri, "cf") if SCENARIOS[playbook].before else None
+    before, held = dumps.everything(lab), place.read("")
+    place.down()
+    try:
+        words = runs.extra(firebreak_case_store=place.uri)
+        done = play(lab, playbook, incident_id, *words, FIREBREAK_SPOOL=str(tmp_path / "spool"))
+    finally:
+        place.heal()
+    told = " ".join(str(line["result"].get("msg", "")) for line in done.results if line["event"] == "failed")
+    assert done.code != 0 and "case_store" in told and "endpoint" in told, done.output
+    assert "Traceback" not in done.output and "unexpected" not in told
+    assert done.seconds < 2 * BOUND
+    assert dumps.everything(lab) == before and place.read("") == held
+    assert list((tmp_path / "spool").rglob("*.json")) == []

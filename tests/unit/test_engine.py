@@ -40,7 +40,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
 )
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
 from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets
-from ansible_collections.firebreak.incident.plugins.modules import incident, incident_event
+from ansible_collections.firebreak.incident.plugins.modules import case_verify_info, incident, incident_event
 from ansible_collections.firebreak.incident.plugins.plugin_utils.control import plain
 
 
@@ -1252,3 +1252,12 @@ def test_the_verdict_of_a_gate_is_kept_while_the_store_is_lost(
     assert result["passed"] and [entry["kind"] for entry in result["spooled"]] == ["check"]
     _case.merge_spools(case_of(ready))
     assert kinds(ready) == ["check"]
+
+
+def test_clocks_that_differ_are_told_and_alter_nothing(ready: dict[str, Any]) -> None:
+    assert _verify.verify(case_of(ready))["skew"] < 1
+    for ahead in (0.0, 3600.0, -1800.0):
+        case = _case.open_case(ready, Context(run_id="x", clock=lambda ahead=ahead: time.time() + ahead))
+        case.record("_run", "note", {"text": "x"})
+    seen = case_verify_info.CONTROL.read(case_of(ready), {"expect": None})
+    assert seen["valid"] and 5399 < seen["skew"] < 5401 and "differ by 5400 s" in seen["screen"][-1], seen
