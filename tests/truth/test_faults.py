@@ -18,20 +18,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Control
 from ansible_collections.firebreak.incident.plugins.module_utils._verify import verify
+from ansible_collections.firebreak.incident.plugins.modules import health_gate
 from lab.client import Lab
 from lab.faults import proxied
 from tests import dumps, helpers
 from tests.rows import Row
 from tests.runs import Run, extra, lab_in
 from tests.truth import FULL, budget
-from tests.truth.injector import Fault
+from tests.truth.injector import Fault, HttpInjector
 from tests.truth.playbooks import play, run_before
-from tests.truth.services import ELSEWHERE, FOR_LONG, HOST, Party, Service, services_of
+from tests.truth.services import CONSUMER, ELSEWHERE, FOR_LONG, HOST, Party, Service, services_of
 from tests.truth.test_kill import Round, comparable
 
 ROWS = helpers.every_row()
@@ -429,3 +431,38 @@ def test_what_needs_no_system_minds_none(lab: Lab, tmp_path: Path, playbook: str
 def test_every_service_brings_its_faults() -> None:
     for name in helpers.controls():
         assert all(service.faults for service in services_of(name)), name
+
+
+# --- gates: what asks, and changes nothing
+
+
+def test_a_gate_takes_no_trouble_for_health_nor_for_a_refusal(
+    lab: Lab, record_property: Callable[[str, object], None]
+) -> None:
+    store = helpers.store_of(lab)
+    around = helpers.surroundings(lab, store, "app", helpers.open_incident(lab, store, "app"))
+    target = urlsplit(lab.app_direct_url)
+    faults = [fault for fault in CONSUMER.faults if fault.on != "writes"]
+    with HttpInjector((str(target.hostname), int(target.port or 0))) as between:
+        url = f"http://127.0.0.1:{between.port}/health"
+        served = {"name": "health", "url": url, "expect": {"contains": "ok"}}
+        refused = {"name": "door", "url": url, "must": "refuse"}
+
+        def ask(fault: Fault | None, check: dict[str, Any], **more: Any) -> dict[str, Any]:
+            between.arm(fault)
+            given = {"checks": [check], "timeout": 0, "request_timeout": 0.3, "interval": 0.05, **more}
+            result = helpers.execute(health_gate.CONTROL, {**around, "host": "app", **given})
+            assert "canary" not in json.dumps(result) and "unexpected" not in json.dumps(result), result
+            return result
+
+        assert ask(None, served)["passed"] and not ask(None, refused)["passed"]
+        for fault in faults:
+            lasting = dataclasses.replace(fault, times=None)
+            told = ask(lasting, served)
+            assert not told["passed"] and "health" in told["msg"], fault.name
+            says_no = fault.name in ("credential revoked", "credential unknown")
+            assert ask(lasting, refused)["passed"] == says_no, fault.name
+            passing = dataclasses.replace(fault, times=1)
+            assert ask(passing, served, timeout=20)["passed"], fault.name
+    assert ELSEWHERE.seen == []
+    record_property("tried", 3 * len(faults))
