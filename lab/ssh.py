@@ -47,10 +47,11 @@ async def serve(options: argparse.Namespace) -> None:
         if process.get_extra_info("username") != USER:
             process.exit(1)
             return
+        ends = [*process.get_extra_info("peername")[:2], *process.get_extra_info("sockname")[:2]]
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-IS", SHIM, str(os.getpid()), str(int(signal.SIGKILL)), "0", *shell,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env=env, cwd=options.home,
+            env={**env, "SSH_CONNECTION": " ".join(map(str, ends))}, cwd=options.home,
         )  # fmt: skip
         # The channel stays open until the exit status is sent: a client that sees the end of the output before closes it,
         # and then takes the missing status for a lost connection (OpenSSH's exits 255).

@@ -113,7 +113,7 @@ class TcpProxy:
 
     def __init__(self, target: tuple[str, int], port: int = 0, source: str | None = None) -> None:
         self._target = target
-        self._source = source
+        self.source = source
         self._lock = threading.Lock()
         self._connections: list[Connection] = []
         self.current: Fault | None = None
@@ -182,7 +182,7 @@ class TcpProxy:
         try:
             if self.refusing:
                 raise ConnectionRefusedError
-            server = socket.create_connection(self._target, 5, (self._source, 0) if self._source else None)
+            server = socket.create_connection(self._target, 5, (self.source, 0) if self.source else None)
             server.settimeout(None)
             connection = Connection(self, client, server)
         except OSError:

@@ -22,6 +22,19 @@ class Case:
     raises: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """What the guards must see of a row's run.
+
+    ``covers``: what is protected, in each of these ways, that the run with these more options would hit. ``wide``: by guard,
+    options that make it too wide. ``destroys``: whether it destroys evidence, which its row has given break glass for.
+    """
+
+    covers: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+    wide: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    destroys: bool = False
+
+
 class Row:
     """One control against the lab. ``observe`` reads the servers with their own clients, never through the collection."""
 
@@ -50,3 +63,11 @@ class Row:
     def foreign(self, lab: Any) -> Foreign:
         """Another client who works on what is its own, as near as possible to what this control changes."""
         raise NotImplementedError
+
+    def reach(self, lab: Any) -> Reach:
+        """What it covers, destroys, and how it would be too wide. An empty one says: nothing, and in no way."""
+        raise NotImplementedError
+
+    def blocking(self, addresses: list[str], countries: list[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Options and facts of a plan that blocks these; None where a control blocks no addresses."""
+        return None

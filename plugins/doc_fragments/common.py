@@ -57,9 +57,59 @@ options:
     default: remind
   protected:
     description:
-      - What no control may cover. Keys are V(addresses), V(countries), V(roles), V(accounts), V(tokens) and V(keys), each a list.
-      - Required off the lab.
+      - What no control may cover. Required off the lab.
+      - A control that would is refused as a whole, and says what is protected; nothing overrides that.
     type: dict
+    suboptions:
+      addresses:
+        description:
+          - Addresses and networks in CIDR form. One that is written as IPv4-mapped IPv6, or as the IPv6 address that NAT64 or 6to4 makes
+            of it, is the same.
+        type: list
+        elements: str
+      countries:
+        description: ISO 3166 codes.
+        type: list
+        elements: str
+      roles:
+        description: Roles of databases.
+        type: list
+        elements: str
+      accounts:
+        description: Accounts of the application, as they stand in the keys of their sessions.
+        type: list
+        elements: str
+      tokens:
+        description: Ids or accessors of tokens, never the tokens.
+        type: list
+        elements: str
+      keys:
+        description: Ids of access keys.
+        type: list
+        elements: str
+  seen:
+    description:
+      - What the systems see of this run itself, as M(firebreak.incident.own_access_info) returns it. It is protected as well.
+      - The playbooks look once at their beginning.
+    type: list
+    elements: dict
+    suboptions:
+      host:
+        description: The system that sees it.
+        type: str
+        required: true
+      addresses:
+        description: Where this run comes from, for this system. They are protected everywhere.
+        type: list
+        elements: str
+      roles:
+        description: As whom it came. They are protected on this system.
+        type: list
+        elements: str
+      tokens:
+        description: The ids or accessors of the tokens that it uses.
+        type: list
+        elements: str
   break_glass:
     description: Guards that are overridden today, with the reason. Give it on the command line; a date other than today's is refused.
     type: list

@@ -246,6 +246,14 @@ class Client:
             raise Refused(f"{option} must be set to 32 hexadecimal digits (the dashboard shows it)")
         return f"/{kind}/{value}"
 
+    def identity(self) -> dict[str, list[str]]:
+        """The token's id: the API tells no address. A token of the account is verified at another place than a person's."""
+        where = "/user"
+        if self._sdk.api_token.startswith("cfat_"):
+            where = self._scope("cloudflare_account_id", "accounts")
+        seen = self._read(f"{where}/tokens/verify", "verify the token")["result"]
+        return {"tokens": [seen["id"]]}
+
     # Custom rules of a zone
 
     @property

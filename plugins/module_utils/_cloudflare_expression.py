@@ -20,9 +20,10 @@ SELECTORS = {
     "except_ip_lists": "[a-z0-9_]{1,50}",
 }
 # What can make an expression match more than what it names.
-_WIDENING = re.compile(r"\b(?:not|ne|or|xor|true|lt|le|gt|ge|continent)\b|!|\|\||\^\^|[<>]")
+_WIDENING = re.compile(r"\b(?:not|ne|or|xor|true|lt|le|gt|ge|continent|is_in_european_union)\b|!|\|\||\^\^|[<>]")
 _NEGATED = re.compile(r"(?:\bnot|!)\s*ip\.src\s+in\s+\{[^}]*\}")
-_ADDRESSES = re.compile(r"\bip\.src\s+(?:in|eq|==)\s+(\{[^}]*\}|[0-9a-fA-F.:]+)")
+_ADDRESSES = re.compile(r"\bip\.src\s+(?:in|eq|==)\s+(\{[^}]*\}|[0-9a-fA-F.:/]+)")
+_COUNTRY = re.compile(r"\bip\.(?:src|geoip)\.country\b")
 _COUNTRIES = re.compile(r"\bip\.(?:src|geoip)\.country\s+(?:in|eq|==)\s+(\{[^}]*\}|\"[^\"]*\")")
 
 
@@ -71,6 +72,8 @@ def reach(params: dict[str, Any], rule: dict[str, Any]) -> tuple[dict[str, list[
         return {"countries": list(params.get("countries") or [])}, () if narrow else ("every_visitor",)
     text = rule["expression"]
     narrow = re.search(r"\bip\.(?:src|geoip)\b", text) and not _WIDENING.search(re.sub(r'"(?:\\.|[^"\\])*"', "", text))
+    # A country that is changed or compared in another way than by being named is not known.
+    narrow = narrow and len(_COUNTRY.findall(text)) == len(_COUNTRIES.findall(text))
     named = " ".join(_ADDRESSES.findall(_NEGATED.sub("", text))).translate(str.maketrans("{}", "  "))
     covers = {
         "addresses": [each for each in named.split() if not each.startswith("$")],

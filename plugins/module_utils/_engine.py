@@ -38,7 +38,22 @@ COMMON: dict[str, Any] = {
     "owner": {"type": "str"},
     "expires": {"type": "str"},
     "on_expiry": {"type": "str", "choices": ["remind", "release"], "default": "remind"},
-    "protected": {"type": "dict", "no_log": False},
+    "protected": {
+        "type": "dict",
+        "no_log": False,
+        "options": {
+            kind: {"type": "list", "elements": "str", "no_log": False}
+            for kind in ("addresses", "countries", "roles", "accounts", "tokens", "keys")
+        },
+    },
+    "seen": {
+        "type": "list",
+        "elements": "dict",
+        "options": {
+            "host": {"type": "str", "required": True},
+            **{kind: {"type": "list", "elements": "str", "no_log": False} for kind in ("addresses", "roles", "tokens")},
+        },
+    },
     "break_glass": {
         "type": "list",
         "elements": "dict",
@@ -183,12 +198,28 @@ def run(control: Control, params: dict[str, Any], context: Context) -> dict[str,
     task = prepare(control, params, context)
     with not_begun(task), client_of(task) as client:
         if context.check_mode:
-            plan = decide(task, client)
+            halted = halt_of(task)
+            read = attempt(lambda: control.read(client, task.params))
+            halted()
+            plan = decide(task, client, read)
             guard(task, plan, None)
             for change in plan.changes if control.dry_run else ():
                 control.dry_run(client, task.params, change)  # type: ignore[misc]
             return result_of(task, plan, "planned" if plan.changes else "ok")
         return Action(task, client).run()
+
+
+def halt_of(task: Task) -> Callable[[], None]:
+    """Begin to look for a HALT, for a dry run; what is returned waits for it. A lost store is told by the real run."""
+    if task.case is None:
+        return lambda: None
+    looked = task.case.store.beside(task.case.check_halt)
+
+    def wait() -> None:
+        with contextlib.suppress(StoreUnavailable):
+            looked()
+
+    return wait
 
 
 @contextlib.contextmanager
@@ -244,7 +275,7 @@ def guard(task: Task, plan: Plan, journal: Journal | None) -> list[dict[str, str
     if not plan.changes:
         return []
     params = task.params
-    _guards.protected(plan, params.get("protected"))
+    _guards.protected(plan, params.get("protected"), params.get("seen"), task.host)
     overridden = _guards.breadth(plan, task.glass)
     keeps = getattr(task.control, "evidence", False)
     _guards.unattended(plan, bool(params.get("unattended")) and not keeps)
@@ -422,7 +453,12 @@ class Action:
 
     def _under(self, journal: Journal) -> dict[str, Any]:
         task = self.task
-        read = self._read_beside(journal)
+        try:
+            read = self._read_beside(journal)
+        except Refused as refusal:
+            if refusal.guard == "halt":  # the others say that there is no such incident to write to
+                self._refused(journal, refusal)
+            raise
         for _attempt in range(20):
             try:
                 plan = decide(task, self.client, read)
@@ -436,16 +472,20 @@ class Action:
                 read = None
                 journal.stream.reload(task.seconds)
             except Refused as refusal:
-                if not journal.lost:
-                    body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
-                    body |= {"what": identity(task.control, task.params), "about": about(task.control, task.params)}
-                    self._outcome(journal, "refused", body)
+                self._refused(journal, refusal)
                 raise
         else:
             raise FirebreakError(
                 "case_store: too many writers for this host at once; run the same command again", effect="none"
             )
         return self._carry_out(journal, plan, of)
+
+    def _refused(self, journal: Journal, refusal: Refused) -> None:
+        task = self.task
+        if not journal.lost:
+            body = {"control": task.control.name, "guard": refusal.guard, "why": refusal.msg}
+            body |= {"what": identity(task.control, task.params), "about": about(task.control, task.params)}
+            self._outcome(journal, "refused", body)
 
     def _read_beside(self, journal: Journal) -> Callable[[], Facts] | None:
         """Read while the journal settles: after the newest entry was listed, so that an entry of anybody else's refuses ours."""

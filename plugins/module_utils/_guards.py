@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ._errors import Refused
@@ -24,6 +24,13 @@ MOST_COUNTRIES = 20
 # What can be overridden for a day: a name that is none of these is a slip of the pen.
 OVERRIDABLE = ("all_login_roles", "all_sessions", "every_visitor", "evidence", "store", "wide_block")
 Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
+
+# IPv6 addresses that spell an IPv4 one, and how many bits stand before it: IPv4-mapped, NAT64, 6to4.
+EMBEDDED = (
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 96),
+    (ipaddress.IPv6Network("64:ff9b::/96"), 96),
+    (ipaddress.IPv6Network("2002::/16"), 16),
+)
 
 
 def site(params: Mapping[str, Any], addresses: list[str], environment: Mapping[str, str]) -> None:
@@ -85,24 +92,42 @@ def _networks(option: str, texts: list[str]) -> list[Network]:
     return result
 
 
-def _mapped(block: Network) -> list[Network]:
-    """The IPv4 networks that an IPv6 block also covers, through the IPv4-mapped range."""
-    range_of_mapped = ipaddress.IPv6Network("::ffff:0:0/96")
-    if isinstance(block, ipaddress.IPv6Network) and block.supernet_of(range_of_mapped):
-        return [ipaddress.ip_network("0.0.0.0/0")]
-    return []
+def _hits(block: Network) -> list[Network]:
+    """The block, and the IPv4 addresses whose machines it also hits: their IPv6 spellings lie in it."""
+    found: list[Network] = [block]
+    if isinstance(block, ipaddress.IPv4Network):
+        return found
+    for spellings, skipped in EMBEDDED:
+        if spellings.subnet_of(block):
+            found.append(ipaddress.IPv4Network("0.0.0.0/0"))
+        elif block.subnet_of(spellings):
+            address = int(block.network_address) >> (96 - skipped) & 0xFFFFFFFF
+            found.append(ipaddress.IPv4Network((address, min(block.prefixlen - skipped, 32))))
+    return found
 
 
-def protected(plan: Plan, protect: Mapping[str, Any] | None) -> None:
-    """Nothing protected may be covered by a block, a lock or a revocation."""
-    protect = protect or {}
-    kept = _networks("protected", list(protect.get("addresses") or []))
+def protected(
+    plan: Plan,
+    protect: Mapping[str, Any] | None,
+    seen: Sequence[Mapping[str, Any]] | None = None,
+    host: str | None = None,
+) -> None:
+    """Nothing protected may be covered by a block, a lock or a revocation; nor what the systems see of this run itself.
+
+    An address counts wherever it was seen, a role on the system that knows it.
+    """
+    protect = dict(protect or {})
+    for look in seen or ():
+        for kind in ("addresses", "tokens", *(("roles",) if look.get("host") == host else ())):
+            protect[kind] = [*(protect.get(kind) or []), *(look.get(kind) or [])]
+    kept = [(one, piece) for one in _networks("protected", protect.get("addresses") or []) for piece in _hits(one)]
     for block in _networks("addresses", list(plan.covers.get("addresses", []))):
-        for piece in [block, *_mapped(block)]:
-            for one in kept:
-                if piece.version == one.version and piece.overlaps(one):
+        for piece in _hits(block):
+            for one, address in kept:
+                if piece.version == address.version and piece.overlaps(address):
                     raise Refused(
-                        f"protected: {block} covers {one}, which is protected; take it out of the list",
+                        f"protected: {block} covers {one}, which is protected{_seen_by(str(one), seen)}; take it out of "
+                        "the list",
                         guard="protected",
                     )
     for kind in ("countries", "roles", "accounts", "tokens", "keys"):
@@ -111,6 +136,13 @@ def protected(plan: Plan, protect: Mapping[str, Any] | None) -> None:
         )
         if both:
             raise Refused(f"protected: {kind} {', '.join(both)} may not be covered by a control", guard="protected")
+
+
+def _seen_by(address: str, seen: Sequence[Mapping[str, Any]] | None) -> str:
+    """Which systems see this run come from there."""
+    single = address.removesuffix("/32").removesuffix("/128")
+    hosts = sorted(str(one.get("host")) for one in seen or () if single in (one.get("addresses") or ()))
+    return f" (as {', '.join(hosts)} sees it, this run comes from there)" if hosts else ""
 
 
 def _fold(kind: str, value: Any) -> str:

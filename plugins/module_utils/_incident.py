@@ -95,6 +95,9 @@ def state_of(case: Case, run: list[Entry] | None = None) -> dict[str, Any]:
     state = fold(entries_of(case, RUN) if run is None else run)
     if not state:
         raise Refused(f"incident_id: {case.id} is not in this case store; check firebreak_incident_id and case_store")
+    if state["site"] != case.params.get("site"):
+        ours = case.params.get("site")
+        raise Refused(f"site: {case.id} is of the site {state['site']}, and this run is of {ours}", guard="site")
     return state
 
 

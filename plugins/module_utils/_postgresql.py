@@ -178,6 +178,12 @@ class Client:
         finally:
             fresh.close()
 
+    def identity(self) -> dict[str, list[str]]:
+        """How the server sees this session."""
+        query = "SELECT session_user AS role, current_user AS acting, host(inet_client_addr()) AS address"
+        seen = self.rows("ask who we are", query)[0]
+        return {"roles": [seen["role"], seen["acting"]], "addresses": [seen["address"]] if seen["address"] else []}
+
     # --- statements
 
     def rows(self, action: str, statement: Any, values: Sequence[Any] | None = None) -> list[dict[str, Any]]:

@@ -95,6 +95,16 @@ class Client:
             return seconds
         return max(min(seconds, self._context.deadline - self.clock()), SHORTEST_SECONDS)
 
+    def identity(self) -> dict[str, list[str]]:
+        """How the server sees this connection. Over a Unix socket there is no address."""
+        line = _text(self._call("ask who we are", "CLIENT", "INFO", effect="none"))
+        seen = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        address = seen.get("addr", "").rpartition(":")[0].strip("[]")
+        return {
+            "roles": [seen["user"]] if seen.get("user") else [],
+            "addresses": [address] if address and not address.startswith("/") else [],
+        }
+
     def primary(self) -> None:
         """Refuse everything but one writable primary that holds all keys."""
         hello = self._call("ask for the role of the server", "HELLO", effect="none")

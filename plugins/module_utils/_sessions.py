@@ -28,7 +28,7 @@ class Template:
     are neither letters nor digits. So user 1 is never user 11, and a name with more parts is somebody else's.
     """
 
-    def __init__(self, text: str, users: list[str] | None) -> None:
+    def __init__(self, text: str, users: list[str] | None, spared: list[str] | None = None) -> None:
         parts = PLACEHOLDER.split(text)
         literals, names = parts[::2], parts[1::2]
         if not literals[0] or not names or not {*names} <= {"user", "id"} or len({*names}) != len(names):
@@ -38,7 +38,13 @@ class Template:
             raise Refused("key_template: without {user} it does not tell whose a session is; scope=users needs that")
         if users == [] or any(not user or set(user) & set(separators) for user in users or []):
             raise Refused("users: name at least one; none is empty or holds a separator of key_template")
+        if users is None and spared and "user" not in names:
+            raise Refused(
+                "key_template: without {user} it does not tell which sessions are of protected accounts",
+                guard="protected",
+            )
         self.prefix = literals[0].encode()
+        self._spared = {user.encode() for user in spared or []}
         self._users = None if users is None else {user.encode() for user in users}
         one = f"[^{re.escape(''.join(separators))}]+" if separators else ".+"
         pattern = "".join(
@@ -52,8 +58,10 @@ class Template:
         ).encode()
 
     def pick(self, keys: list[bytes]) -> list[bytes]:
-        """The keys that are sessions of these users."""
+        """The keys that are sessions of these users; of all, those of ``spared`` are none."""
         whole = self._pattern.fullmatch
+        if self._users is None and self._spared:
+            return [key for key in keys if (found := whole(key)) and found["user"] not in self._spared]
         if self._users is None:
             return [key for key in keys if whole(key)]
         return [key for key in keys if (found := whole(key)) and found["user"] in self._users]

@@ -229,6 +229,12 @@ class Client:
         if lacking:
             raise Refused(f"the policies of vault_token lack {'; '.join(lacking)}", guard="capabilities")
 
+    def identity(self) -> dict[str, list[str]]:
+        """How the server names this token: it tells no address."""
+        action = "look up the token"
+        seen = _data(*self._read("auth/token/lookup-self", action), "accessor", action)
+        return {"tokens": [seen["accessor"]] if seen["accessor"] else []}  # a batch token has none
+
     # KV version 2
 
     def read_secret(self, mount: str, path: str, version: int | None = None) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ options:
   scope:
     description:
       - V(users) revokes the sessions of O(users). V(all) revokes everybody's, and needs O(break_glass) for C(all_sessions).
+      - V(all) spares the accounts that are protected.
     type: str
     choices: [users, all]
     default: users
@@ -200,7 +201,7 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
     if moment is not None and 0 < estimate.get("sampled_sessions", 0) == estimate["without_time"]:
         raise Refused("issued_at: no sampled session has this field; name the right one, or leave issued_before out")
     entry = {"issued_before": None if moment is None else iso(moment), "scope": params["scope"], "users": users}
-    whose = "all sessions" if users is None else f"sessions of {users} user{'s' if users != 1 else ''}"
+    whose = _everybody(params) if users is None else f"sessions of {users} user{'s' if users != 1 else ''}"
     when = f", begun before {entry['issued_before']}" if moment is not None else ""
     changes = (
         Change("revoke", f"{whose}: {params['key_template']}{when}", ("revoked",), irreversible="users log in again"),
@@ -217,6 +218,20 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
     )
 
 
+def _spared(params: dict[str, Any]) -> list[str]:
+    """Protected accounts keep their sessions whoever else is signed out."""
+    return sorted(set((params.get("protected") or {}).get("accounts") or [])) if params["scope"] == "all" else []
+
+
+def _everybody(params: dict[str, Any]) -> str:
+    spared = len(_spared(params))
+    return (
+        f"all sessions but those of {spared} protected account{'s' if spared != 1 else ''}"
+        if spared
+        else "all sessions"
+    )
+
+
 def _covers(done: str | None, asked: float | None) -> bool:
     if done is None or asked is None:
         return done is None and asked is None
@@ -224,13 +239,14 @@ def _covers(done: str | None, asked: float | None) -> bool:
 
 
 def template(params: dict[str, Any]) -> Template:
-    return Template(params["key_template"], params["users"] if params["scope"] == "users" else None)
+    return Template(params["key_template"], params["users"] if params["scope"] == "users" else None, _spared(params))
 
 
 def mark_key(params: dict[str, Any]) -> str:
     """One mark for each incident, round, and set of sessions. It names no user."""
     users = sorted(set(params["users"])) if params["scope"] == "users" else None
-    what = json.dumps([params["mark"], params["key_template"], users])
+    spared = _spared(params)
+    what = json.dumps([params["mark"], params["key_template"], users, *([spared] if spared else [])])
     return f"firebreak:revocation:{params['mark']}:{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 

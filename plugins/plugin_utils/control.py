@@ -53,6 +53,7 @@ class HostConnection:
 
     def __init__(self, action: ActionBase) -> None:
         self._action = action
+        self.remote = action._connection.transport != "local"
 
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         """Run a shell command there. What is secret goes as ``stdin``, which is on no disk and in no process list."""

@@ -10,7 +10,7 @@ import urllib.parse
 from typing import Any
 
 from tests.foreign import Edge
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 INCIDENT = "INC-2026-1120-001"
 MARK = f"{INCIDENT}/1"
@@ -170,6 +170,21 @@ class Lab(Row):
         assert seen["edge"]["rulesets"] == before["edge"]["rulesets"]
         # A list alone keeps nobody out.
         assert (seen["thief"], seen["user"]) == (before["thief"], before["user"])
+
+    def reach(self, lab: Any) -> Reach:
+        spellings = (
+            "198.51.100.66",
+            "198.51.100.0/24",
+            "::ffff:198.51.100.66",
+            "64:ff9b::c633:6442",
+            "2002:c633:6442::/48",
+        )
+        inside = ("198.18.100.77", "2001:db8:bad:7::1", "::/0", "2002:c612:6400::1")
+        covers = tuple(({"addresses": ["192.0.2.0/24", each]}, {}) for each in (*spellings, *inside))
+        return Reach(covers, {"wide_block": {"items": ["198.16.0.0/13"]}})
+
+    def blocking(self, addresses: list[str], countries: list[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        return _params(*addresses), ABSENT
 
     def foreign(self, lab: Any) -> Edge:
         return Edge(lab, shared="attackers_of_the_row")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.controls.cloudflare_ip_list import connection, control_path, visit
 from tests.foreign import Edge
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 INCIDENT = "INC-2026-1120-001"
 NAME = f"rule firebreak_{INCIDENT}_attackers"
@@ -138,6 +138,27 @@ class Lab(Row):
         assert new["rules"][0]["ref"].endswith("_row")
         assert {**new, "rules": 0} == {**old, "rules": 0}
         assert seen["edge"]["lists"] == before["edge"]["lists"]
+
+    def reach(self, lab: Any) -> Reach:
+        country = {"expression": None, "countries": ["T1", "DE"]}
+        written = {"expression": 'ip.geoip.country in {"T1" "DE"}'}
+        spelled = {"expression": "ip.src eq ::ffff:198.51.100.66"}
+        covers = (
+            ({"addresses": ["198.51.100.65"]}, {}),
+            ({"addresses": ["198.51.100.66"]}, spelled),
+            ({"countries": ["de"]}, country),
+            ({"countries": ["DE"]}, written),
+        )
+        return Reach(covers, {"every_visitor": {"expression": 'lower(ip.src.country) eq "xx"'}})
+
+    def blocking(self, addresses: list[str], countries: list[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        tests = [f"ip.src in {{{' '.join(each.strip() for each in addresses)}}}"] if addresses else []
+        tests += (
+            [f"ip.src.country in {{{' '.join(f'{chr(34)}{each}{chr(34)}' for each in countries)}}}"]
+            if countries
+            else []
+        )
+        return _params(expression=" and ".join(tests) or "ip.src in {192.0.2.1}"), NOTHING
 
     def foreign(self, lab: Any) -> Edge:
         return Edge(lab)

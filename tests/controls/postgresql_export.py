@@ -13,7 +13,7 @@ from typing import Any
 from ansible_collections.firebreak.incident.plugins.modules.postgresql_export import _digest, _query
 from tests.controls.postgresql_write_fence import connection, observe, session
 from tests.foreign import Database
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 OWN: dict[str, Any] = {
     "name": "incident_sessions.csv",
@@ -107,6 +107,9 @@ class Lab(Row):
     def _manifests(lab: Any) -> list[str]:
         """Of every case under the lab's folder, wherever a test puts its store."""
         return [str(path) for path in Path(lab.dir).rglob("incident_sessions.csv.json")]
+
+    def reach(self, lab: Any) -> Reach:
+        return Reach()
 
     def foreign(self, lab: Any) -> Database:
         return Database(lab)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.controls.postgresql_write_fence import connection, observe, session
 from tests.foreign import Database
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 INCIDENT = "INC-2026-1120-001"
 MARK = f"{INCIDENT}/1"
@@ -144,6 +144,14 @@ class Lab(Row):
         assert {**seen, "roles": 0, "settings": 0} == {**before, "roles": 0, "settings": 0}
         with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
             session(lab, "reporting", password=lab.stolen["reporting_password"])
+
+    def reach(self, lab: Any) -> Reach:
+        with session(lab) as database:
+            known = database.execute(
+                "SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname <> 'firebreak'"
+            ).fetchall()
+        everybody = {"roles": sorted(name for (name,) in known), "protected": {}}
+        return Reach((({"roles": ["reporting"]}, {}),), {"all_login_roles": everybody})
 
     def foreign(self, lab: Any) -> Database:
         return Database(lab, shared=("reporting", "readers"))

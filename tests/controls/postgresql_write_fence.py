@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from tests.foreign import Database
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 INCIDENT = "INC-2026-1120-001"
 MARK = f"{INCIDENT}/1"
@@ -162,6 +162,9 @@ class Lab(Row):
             database.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
         with pytest.raises(psycopg.OperationalError):
             self.begun.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
+
+    def reach(self, lab: Any) -> Reach:
+        return Reach()
 
     def foreign(self, lab: Any) -> Database:
         return Database(lab)

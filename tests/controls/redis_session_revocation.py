@@ -13,7 +13,7 @@ import redis
 
 from ansible_collections.firebreak.incident.plugins.modules.redis_session_revocation import mark_key
 from tests.foreign import Keys
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 INCIDENT = "INC-2026-1120-001"
 TEMPLATE = "session:refresh:{user}:{id}"
@@ -48,6 +48,7 @@ def _steps(whose: str, when: str = f", begun before {T}", **own: Any) -> list[tu
 
 
 EVERYBODY: dict[str, Any] = {"scope": "all", "users": None}
+STAFF: dict[str, Any] = {"protected": {"accounts": ["1"]}}
 TWO = "sessions of 2 users"
 ALWAYS: dict[str, Any] = {"issued_before": None}
 
@@ -63,6 +64,11 @@ PLANS = [
     Case("whenever begun, again", _params(**ALWAYS), _facts(_entry(None)), []),
     Case("everybody", _params(**EVERYBODY), _facts(), _steps("all sessions", **EVERYBODY),
          {"revoked": _entry(scope="all", users=None)}),
+    Case("everybody but who is protected", _params(**EVERYBODY, **STAFF), _facts(),
+         _steps("all sessions but those of 1 protected account", **EVERYBODY, **STAFF),
+         {"revoked": _entry(scope="all", users=None)}),
+    Case("everybody, where nobody can tell who is protected", _params(**EVERYBODY, **STAFF, key_template="s:{id}"), _facts(),
+         raises="key_template: without {user}"),
     Case("one user", _params(users=["1"]), _facts(), _steps("sessions of 1 user", users=["1"])),
     Case("another round", _params(mark=f"{INCIDENT}/2"), _facts(), _steps(TWO, mark=f"{INCIDENT}/2")),
     Case("no sampled session tells its time", _params(), {"revoked": None, "estimate": UNTIMED}, raises="issued_at"),
@@ -129,6 +135,9 @@ class Lab(Row):
         kept = before["keys"].keys() - gone
         assert {key: before["keys"][key] for key in kept} == {key: seen["keys"][key] for key in kept}
         assert not seen["keys_called"]
+
+    def reach(self, lab: Any) -> Reach:
+        return Reach((({"accounts": ["42"]}, {}),), {"all_sessions": {"scope": "all", "users": None}}, destroys=True)
 
     def foreign(self, lab: Any) -> Keys:
         return Keys(lab)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.controls.vault_kv_rotation import ask, connection
 from tests.foreign import EnvFile
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 FIELDS = ("JWT_SECRET", "WEBHOOK_SECRET")
 FILE = "/etc/app/app.env"
@@ -103,6 +103,9 @@ class Lab(Row):
         assert before["in the file"] == before["in use"] == dict.fromkeys(FIELDS, False)
         assert seen["in the file"] == seen["in use"] == dict.fromkeys(FIELDS, True)
         assert all(seen[name] == before[name] for name in ("others", "mode", "beside it"))
+
+    def reach(self, lab: Any) -> Reach:
+        return Reach()
 
     def foreign(self, lab: Any) -> EnvFile:
         return EnvFile(lab)

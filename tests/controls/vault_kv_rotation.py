@@ -11,7 +11,7 @@ import urllib.parse
 from typing import Any
 
 from tests.foreign import Secrets
-from tests.rows import Case, Row
+from tests.rows import Case, Reach, Row
 
 MARK = "INC-2026-1120-001/1"
 URL = "https://app.example.com/api/me"
@@ -164,6 +164,9 @@ class Lab(Row):
         # The oldest version falls out of a full history, and none is destroyed.
         assert all(gone == before["destroyed"].get(version, False) for version, gone in seen["destroyed"].items())
         assert seen["others"] == before["others"]
+
+    def reach(self, lab: Any) -> Reach:
+        return Reach()
 
     def foreign(self, lab: Any) -> Secrets:
         return Secrets(lab)

@@ -515,8 +515,8 @@ def reading(after: Callable[[int], Any]) -> Any:
     return dataclasses.replace(CONTROL, read=told)
 
 
-def run(control: Any, options: dict[str, Any], run_id: str = "ours") -> dict[str, Any]:
-    return _engine.execute(control, options, Context(run_id=run_id, actor="tester"))
+def run(control: Any, options: dict[str, Any], run_id: str = "ours", **more: Any) -> dict[str, Any]:
+    return _engine.execute(control, options, Context(run_id=run_id, actor="tester", **more))
 
 
 def intents(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -563,8 +563,10 @@ def test_a_halt_and_an_unknown_incident_are_told_though_the_service_is_down(read
 
     assert "is not in this case store" in run(reading(down), {**ready, "incident_id": "INC-2020-0101-001"})["msg"]
     case_of(ready).store.create("HALT", b"")
-    assert "HALT" in run(reading(down), ready)["msg"]
+    dry = run(reading(down), ready, check_mode=True)
     assert kinds(ready) == []
+    assert run(reading(down), ready)["msg"] == dry["msg"] and "HALT" in dry["msg"]
+    assert kinds(ready) == ["refused"]
 
 
 @pytest.mark.usefixtures("lockless")
