@@ -72,7 +72,7 @@ class Foreign:
 class Edge(Foreign):
     """Rules in the same ruleset, at every place of it, and entries of lists; with ``shared``, in the list that we add to."""
 
-    pauses = (0.02, 0.1)  # the service does one operation on lists at a time
+    pauses = (0.1, 0.4)  # the service does one operation on lists at a time
 
     def __init__(self, lab: Any, shared: str | None = None, entries: int = 2000) -> None:
         super().__init__(lab)

@@ -43,6 +43,7 @@ PATIENCE = 25.0
 SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 READS = 3
 PAGE = 500
+PASSES = 6  # over a list that changes while it is read
 # The service documents no maximum for one request. Others send whole lists at once.
 BATCH = 5000
 SETTLE_SECONDS = 4.0
@@ -251,7 +252,7 @@ class Client:
         where = "/user"
         if self._sdk.api_token.startswith("cfat_"):
             where = self._scope("cloudflare_account_id", "accounts")
-        seen = self._read(f"{where}/tokens/verify", "verify the token")["result"]
+        seen = self._read(f"{where}/tokens/verify", "verify the token", key="id")["result"]
         return {"tokens": [seen["id"]]}
 
     # Custom rules of a zone
@@ -329,15 +330,34 @@ class Client:
             raise CloudflareError(msg, error.status, error.codes, "none") from None
 
     def items(self, list_id: str) -> list[Json]:
-        found: list[Json] = []
-        query: Json = {"per_page": PAGE}
-        while True:
-            answer = self._read(f"{self._lists}/{list_id}/items", "read the list's entries", query)
-            found += answer["result"] or []
-            cursor = ((answer.get("result_info") or {}).get("cursors") or {}).get("after")
-            if not cursor or not answer["result"]:
+        """All entries. Pages of a list that somebody changes meanwhile leave some out: then they are read again."""
+        found, cursor = self._page(list_id, "")
+        if not cursor:
+            return found
+        before = self._state(list_id)
+        for _pass in range(PASSES):
+            found, cursor = self._page(list_id, "")
+            while cursor:
+                more, cursor = self._page(list_id, cursor)
+                found += more
+            after = self._state(list_id)
+            if after == before:
                 return found
-            query = {"per_page": PAGE, "cursor": cursor}
+            before = after
+        msg = "read the list's entries: somebody else keeps changing the list; run the same command again"
+        raise CloudflareError(msg, 200, (), "none")
+
+    def _page(self, list_id: str, cursor: str) -> tuple[list[Json], str]:
+        query: Json = {"per_page": PAGE, **({"cursor": cursor} if cursor else {})}
+        answer = self._read(f"{self._lists}/{list_id}/items", "read the list's entries", query)
+        found: list[Json] = answer["result"] or []
+        after = ((answer.get("result_info") or {}).get("cursors") or {}).get("after")
+        return found, after if found and after else ""
+
+    def _state(self, list_id: str) -> tuple[Any, Any]:
+        """What changes when an entry does."""
+        known = self._read(f"{self._lists}/{list_id}", "read the list", key="id")["result"]
+        return known.get("modified_on"), known.get("num_items")
 
     def add_items(self, list_id: str, items: list[Json]) -> None:
         """Replaces an entry of the same value: give only what is not there."""
