@@ -31,7 +31,7 @@ from tests import dumps, helpers
 from tests.rows import Row
 from tests.runs import Run, extra, lab_in
 from tests.truth import FULL, budget
-from tests.truth.injector import Fault, HttpInjector
+from tests.truth.injector import Fault, HttpInjector, Request
 from tests.truth.playbooks import play, run_before
 from tests.truth.services import CONSUMER, ELSEWHERE, FOR_LONG, HOST, Party, Service, services_of
 from tests.truth.test_kill import Round, comparable
@@ -40,10 +40,10 @@ ROWS = helpers.every_row()
 POINTS = budget(1, 3)  # requests that each fault meets, one in a run
 SETTLE = 0.5
 # Where a control has an option for it, which can only lengthen the time.
-DEADLINE = 3
+DEADLINE = 2
 # Reading and changing have their time each, looking again has what is left of it and the time to settle; a last request, also
 # of the look-up after an unclear one, begins before that is over. The rest is for a busy machine.
-LAST_REQUESTS, BUSY_MACHINE = 4.0, 4.0
+LAST_REQUESTS, BUSY_MACHINE = 2.0, 3.0
 MADE = ("applied", "proved", "unproven")
 
 
@@ -148,7 +148,7 @@ class Undisturbed:
     """What a run does when nothing goes wrong: the states it goes through, and the requests it makes of each party."""
 
     states: list[State]
-    requests: dict[str, list[Any]]
+    requests: dict[str, list[Request]]
     written: Counter[str]
 
     @classmethod
@@ -178,10 +178,12 @@ def written(scene: Scene) -> Counter[str]:
     return Counter(masked(request.name) for request in seen if request.writes and request.well)
 
 
-def chosen(fits: list[int], number: int) -> list[int]:
-    """Some of the requests that a fault can meet: spread over all, and other ones for each fault."""
-    count = min(POINTS, len(fits))
-    return sorted({fits[(number * 5 + step * len(fits) // count) % len(fits)] for step in range(count)})
+def chosen(asked: list[Request], fits: list[int], number: int) -> list[int]:
+    """Some of the requests that a fault can meet, other ones for each fault: two in three are writes, where there are any."""
+    writes = [place for place in fits if asked[place - 1].writes]
+    pools = [fits, writes] if FULL else [writes if writes and number % 3 else fits]
+    steps = [(pool, step, min(POINTS, len(pool))) for pool in pools for step in range(min(POINTS, len(pool)))]
+    return sorted({pool[(number * 5 + step * len(pool) // count) % len(pool)] for pool, step, count in steps})
 
 
 def honest(trial: Trial, result: dict[str, Any], undisturbed: Undisturbed) -> None:
@@ -256,7 +258,7 @@ class Tries:
         for number, fault in enumerate(service.faults):
             fits = [place for place, request in enumerate(asked, 1) if fault.fits(request)]
             self.of += len(fits)
-            for point in chosen(fits, number) if fits and number % of == turn else []:
+            for point in chosen(asked, fits, number) if number % of == turn else []:
                 with self.told(f"{service.name}: {fault.name}, request {point} ({asked[point - 1].name[:80]})"):
                     self.tried += suffers(self.scene, self.undisturbed, service, fault, point, number)
         trial = self.scene.round()
