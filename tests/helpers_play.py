@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def environment(home: Path) -> dict[str, str]:
 class Play:
     """Use as a context manager; ``next`` lets the play go on to the end of its next task."""
 
-    def __init__(self, lab: Lab, home: Path, host: str, tasks: list[dict[str, Any]], *options: str) -> None:
+    def __init__(self, lab: Lab, home: Path, host: str, tasks: list[dict[str, Any]], *options: str, **env: str) -> None:
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         (home / "ansible.cfg").write_text("")
         self.playbook = home / "playbook.json"
@@ -68,7 +70,7 @@ class Play:
                     str(self.playbook),
                 ],
                 cwd=home,
-                env={**environment(home), "FIREBREAK_LOCKSTEP": str(theirs.fileno())},
+                env={**environment(home), **env, "FIREBREAK_LOCKSTEP": str(theirs.fileno())},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -80,13 +82,24 @@ class Play:
         return self
 
     def __exit__(self, kind: Any, *_more: Any) -> None:
-        if kind is None:
+        if kind is None and self.process.returncode is None:
             self._go_on()
             assert not self._lines.readline(), "the play has more tasks than the test looked at"
         else:
             self.process.terminate()
         self.process.wait(SECONDS)
         self._ours.close()
+
+    def kill(self, when: Callable[[], bool]) -> None:
+        """kill -9 in the middle of the next task, as soon as this is so."""
+        self._go_on()
+        give_up = time.monotonic() + SECONDS
+        while not when() and self.process.poll() is None:
+            assert time.monotonic() < give_up, f"it never came to that:\n{self.console.read_text()[-3000:]}"
+            time.sleep(0.01)
+        assert self.process.poll() is None, f"it ended before:\n{self.console.read_text()[-3000:]}"
+        self.process.kill()
+        self.process.wait(SECONDS)
 
     def _go_on(self) -> None:
         if self._held:

@@ -18,6 +18,16 @@ from ._errors import Refused, StoreUnavailable
 
 _session: Any = None
 CONNECT_SECONDS = 3
+# The codes that help whoever reads a message; any other one is the server's own text.
+CODES = frozenset(
+    [
+        *("AccessDenied", "AuthorizationHeaderMalformed", "ConditionalRequestConflict", "ExpiredToken"),
+        *("InternalError", "InvalidAccessKeyId", "InvalidArgument", "InvalidBucketName", "InvalidRequest"),
+        *("InvalidToken", "MethodNotAllowed", "NoSuchBucket", "NoSuchKey", "NotImplemented", "OperationAborted"),
+        *("PermanentRedirect", "PreconditionFailed", "RequestTimeTooSkewed", "RequestTimeout", "ServiceUnavailable"),
+        *("SignatureDoesNotMatch", "SlowDown", "TemporaryRedirect", "Throttling"),
+    ]
+)
 READ_SECONDS = 5
 
 SPEC: dict[str, Any] = {
@@ -147,7 +157,7 @@ def call(client: Any, operation: str, **arguments: Any) -> dict[str, Any]:
     except exceptions.ClientError as exc:
         status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(exc.response.get("Error", {}).get("Code", "unknown"))
-        raise Answer(status, code) from None
+        raise Answer(status, code if code in CODES else "with another error") from None
     except exceptions.NoCredentialsError:
         raise StoreUnavailable(
             "case_store: no credentials; set case_access_key_id and case_secret_access_key"

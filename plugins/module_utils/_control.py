@@ -99,7 +99,8 @@ class Info:
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A control whose entry in the journal is the change. ``opens`` says that it can do without an incident,
-    ``needs_host`` that it reaches the host, and so runs in its action only."""
+    ``needs_host`` that it reaches the host, and so runs in its action only, ``connection`` names options that say how to
+    connect to a service."""
 
     name: str
     service: Any
@@ -107,6 +108,7 @@ class Record:
     write: Callable[[Any, dict[str, Any], Context], dict[str, Any]]
     opens: bool = False
     needs_host: bool = False
+    connection: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,14 +83,34 @@ def spec_of(control: Any) -> dict[str, Any]:
     return {"argument_spec": {**COMMON, **_case.SPEC, **service, **options}, "supports_check_mode": True, **own}
 
 
+def shown_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Options as Ansible may show them. Of those that say how to connect it shows none: one could be a secret in a wrong place."""
+    options = spec_of(control)["argument_spec"]
+    service = control.service.SPEC if control.service is not None else {}
+    connection = {*service, *_case.SPEC, *getattr(control, "connection", ())}
+    return _open(options, {name: params[name] for name in options if name in params and name not in connection})
+
+
 def own_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
     """What the user asked of this control, without secrets, connection and common options."""
     options = control.spec.get("argument_spec", {})
-    return {
-        name: params.get(name)
-        for name in sorted(options)
-        if not options[name].get("no_log") and params.get(name) is not None
-    }
+    return _open(options, {name: params.get(name) for name in sorted(options)})
+
+
+def _open(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, without the secret options and suboptions."""
+    shown: dict[str, Any] = {}
+    for name, value in given.items():
+        option = options.get(name, {})
+        if option.get("no_log") or value is None:
+            continue
+        below = option.get("options")
+        if below and isinstance(value, dict):
+            value = _open(below, value)
+        elif below and isinstance(value, list):
+            value = [_open(below, one) if isinstance(one, dict) else one for one in value]
+        shown[name] = value
+    return shown
 
 
 def told_options(control: Any, params: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +193,7 @@ def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
 
 def execute(control: Any, params: dict[str, Any], context: Context) -> dict[str, Any]:
     """The one way in for both front ends: whatever happens comes back as a result, and no secret is in it."""
+    context.secrets.add_embedded(params)
     try:
         if hasattr(control, "plan"):
             result = run(control, params, context)
@@ -550,7 +571,7 @@ class Action:
             "control": task.control.name,
             "what": identity(task.control, task.params),
             "mark": task.params["mark"],
-            "options": told_options(task.control, task.params),
+            "options": task.context.secrets.censor(told_options(task.control, task.params)),
             "changes": changes,
             "estimate": plan.estimate,
             "reversible": any(change.undo is not None for change in plan.changes),
@@ -641,8 +662,7 @@ class Action:
         raise Unproven(f"read again, the service does not show the change: {targets}")
 
     def _failure(self, failure: Exception) -> dict[str, Any]:
-        # An entry that would hold a secret is refused, and this one has to be written.
-        msg = self.task.context.secrets.censor(told(failure))
+        msg = told(failure)
         groups = {
             "done": [o for o in self.outcomes if o["outcome"] in ("applied", "proved")],
             "unconfirmed": [o for o in self.outcomes if o["outcome"] in ("unconfirmed", "unproven")],
@@ -663,6 +683,8 @@ class Action:
 
     def _outcome(self, journal: Journal, kind: str, body: dict[str, Any]) -> None:
         """Record what became of it. Losing the race here means that somebody took over: their entries stand."""
+        if "why" in body:  # an entry that would hold a secret is refused, and this one has to be written
+            body = {**body, "why": self.task.context.secrets.censor(body["why"])}
         try:
             for _attempt in range(20):
                 with contextlib.suppress(Moved):
@@ -682,7 +704,7 @@ class Action:
         return result
 
 
-def told(failure: Exception) -> str:
+def told(failure: BaseException) -> str:
     """A foreign exception's text may hold anything; its type is all that is told."""
     return failure.msg if isinstance(failure, FirebreakError) else f"unexpected {type(failure).__name__}"
 

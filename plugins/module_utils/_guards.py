@@ -44,7 +44,8 @@ def site(params: Mapping[str, Any], addresses: list[str], environment: Mapping[s
         for address in addresses:
             if not is_loopback(address):
                 raise Refused(
-                    f"site: lab talks to loopback only, but a service's address is {host_of(address)}", guard="site"
+                    "site: lab talks to loopback only, and an address of a service is none; see the options of this host",
+                    guard="site",
                 )
     elif environment.get("FIREBREAK_LAB"):
         raise Refused(f"site: {name} refuses to run while FIREBREAK_LAB is set; unset it", guard="site")

@@ -6,12 +6,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
+import re
+import urllib.parse
+import warnings
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
 SHORTEST_SUBSTRING = 6
+# A password that is no longer than this, and equals a public option, is a name (user "postgres", password "postgres").
+LONGEST_NAME = 12
 HIDDEN = "********"
+# Who asks, as an address (a URL) or a connection string may say: ``user:password``, or one long word, which is a token.
+ASKED_AS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://([^/?#\s]*)@")
+ASKED_WITH = re.compile(r"(?i)\bpassword\s*=\s*('(?:[^'\\]|\\.)*'|[^\s&]+)")
+SHORTEST_TOKEN = 16
+OUTPUTS = (1, 2)
 
 
 class Held(MutableMapping[str, Any]):
@@ -46,25 +59,70 @@ class Secrets:
 
     def __init__(self, public: Iterable[str] = ()) -> None:
         self._values: set[str] = set()
-        # A password that equals a public option (user "postgres", password "postgres") hides nothing; containing goes on.
+        self._embedded: set[str] = set()
+        # What equals a public option may stand in an entry, or nothing could be contained. Shown it is only as a name.
         self._public = {str(value) for value in public}
 
     def add(self, value: Any) -> Any:
         if isinstance(value, bytes):
             self.add(value.decode("utf-8", "replace"))
-        elif isinstance(value, str) and value and value not in self._public:
+        elif isinstance(value, str) and value and not (value in self._public and len(value) <= LONGEST_NAME):
             self._values.add(value)
         return value
+
+    def add_embedded(self, structure: Any) -> None:
+        """Hide what stands as a password in an address. Entries may hold it: a rule can be about such an address."""
+        self._embedded.update(_embedded(structure))
 
     def censor(self, result: Any) -> Any:
         """The same structure of plain JSON types, with every secret replaced, in keys too."""
         # The longest first: a secret that holds another one must not be left with its rest.
-        values = sorted(self._values, key=len, reverse=True)
+        values = sorted(self._values | self._embedded, key=len, reverse=True)
         return _clean(json.loads(json.dumps(result, default=str)), values)
 
     def found_in(self, structure: Any) -> bool:
         """Whether a secret stands in this structure, whole or as a part of a longer text."""
-        return any(_holds(text, self._values) for text in _texts(structure))
+        values = self._values - self._public
+        return any(_holds(text, values) for text in _texts(structure))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What a library prints, warns of or logs by itself may hold anything: nobody gets it."""
+    kept = {output: os.dup(output) for output in OUTPUTS}
+    logged = logging.root.manager.disable
+    try:
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+            warnings.catch_warnings(),
+        ):
+            for output in OUTPUTS:
+                os.dup2(nowhere.fileno(), output)
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+            yield
+    finally:
+        logging.disable(logged)
+        for output, was in kept.items():
+            os.dup2(was, output)
+            os.close(was)
+
+
+def texts_of(structure: Any) -> set[str]:
+    """All texts that are no words by chance, for a message about options that were given wrongly."""
+    return {text for text in _texts(structure) if len(text) >= SHORTEST_SUBSTRING}
+
+
+def _embedded(structure: Any) -> Iterator[str]:
+    for text in _texts(structure):
+        for asked in ASKED_AS.findall(text):
+            _user, named, password = asked.partition(":")
+            password = password if named else asked if len(asked) >= SHORTEST_TOKEN else ""
+            yield from {password, urllib.parse.unquote(password)} - {""}
+        for password in ASKED_WITH.findall(text):
+            yield password.strip("'") or password
 
 
 def _holds(text: str, values: Collection[str]) -> bool:

@@ -34,6 +34,14 @@ CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10
 SHORTEST_SECONDS = 1.0
 OLDEST_SERVER = (6, 2)
+# The codes of errors that the server itself has; a script's, a module's or a proxy's could be any word.
+CODES = frozenset(
+    [
+        *("ASK", "BUSY", "BUSYKEY", "CLUSTERDOWN", "CROSSSLOT", "ERR", "EXECABORT", "LOADING", "MASTERDOWN", "MISCONF"),
+        *("MOVED", "NOAUTH", "NOPERM", "NOPROTO", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN", "WRONGPASS"),
+        *("WRONGTYPE",),
+    ]
+)
 LATE = "deadline: the sweep did not end in time."
 MOST_PASSES = 5
 MOST_REMEMBERED = 500
@@ -257,6 +265,7 @@ class Client:
     def _error(self, action: str, exc: Exception, effect: str) -> FirebreakError:
         sdk = self._sdk.exceptions
         code = getattr(exc, "status_code", None) or ""
+        code = code if code in CODES else code and "an error"
         if isinstance(exc, sdk.AuthenticationError):
             return FirebreakError(
                 f"Redis, {action}: {code or 'NOAUTH'}: redis_username or redis_password is missing or wrong",
@@ -273,7 +282,7 @@ class Client:
                 f"Redis, {action}: NOPERM: the ACL of redis_username does not allow it", effect=effect
             )
         if not code:
-            code = next(iter(re.findall(r"^[A-Z]{3,20}(?= )", str(exc))), type(exc).__name__)
+            code = next((word for word in str(exc).split(" ")[:1] if word in CODES), type(exc).__name__)
         return FirebreakError(f"Redis, {action}: the server answered {code}", effect=effect)
 
 

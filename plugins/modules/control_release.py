@@ -96,9 +96,10 @@ from ansible_collections.firebreak.incident.plugins.module_utils._control import
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
 SERVICES = (_postgresql, _redis, _vault, _cloudflare)
+CONNECTION = {name: option for service in SERVICES for name, option in service.SPEC.items()}
 SPEC: dict[str, Any] = {
     "argument_spec": {
-        **{name: option for service in SERVICES for name, option in service.SPEC.items()},
+        **CONNECTION,
         "turn": {"type": "int"},
         "controls": {"type": "list", "elements": "str"},
         "force": {"type": "bool", "default": False},
@@ -111,7 +112,9 @@ def write(case: _case.Case | None, params: dict[str, Any], context: Context) -> 
     return _release.release(case, params, context)
 
 
-CONTROL = Record(name="control_release", service=None, spec=SPEC, write=write, needs_host=True)
+CONTROL = Record(
+    name="control_release", service=None, spec=SPEC, write=write, needs_host=True, connection=tuple(CONNECTION)
+)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import signal
 import sys
 from typing import Any, ClassVar
 
+from ansible import constants
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 from ansible.module_utils.common.parameters import remove_values
@@ -27,14 +28,25 @@ from ansible.utils.display import Display
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute, spec_of
+from ansible_collections.firebreak.incident.plugins.module_utils._engine import (
+    execute,
+    shown_options,
+    spec_of,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
-from ansible_collections.firebreak.incident.plugins.module_utils._module import IN_ITS_ACTION_ONLY, actor, public_values
-from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets
+from ansible_collections.firebreak.incident.plugins.module_utils._module import (
+    IN_ITS_ACTION_ONLY,
+    actor,
+    public_values,
+    quietly,
+    without_values,
+)
+from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets, texts_of
 
 RUN_ID = secrets.token_hex(6)
 PARENT = os.getpid()
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 CONNECTION_ATTEMPTS = 3
 
 
@@ -75,24 +87,61 @@ class ControlAction(ActionBase):
     _supports_async = True
     _requires_connection = False
     control: ClassVar[Any]
+    _given: dict[str, Any] | None = None
+    _environment: dict[str, str]
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         task_vars = task_vars or {}
         result = super().run(tmp, task_vars)
+        self._take_over()
         if self._task.async_val:
-            if getattr(self.control, "needs_host", False):
-                return {**result, "failed": True, "msg": IN_ITS_ACTION_ONLY.format(self.control.name)}
-            if self._connection.transport != "local":
-                msg = "async: add connection: local to the task; nothing of a control is copied to a system under protection"
-                return {**result, "failed": True, "msg": msg}
-            options = {**self._task.args, "host": self._task.args.get("host") or task_vars.get("inventory_hostname")}
-            task_vars = {**task_vars, "ansible_python_interpreter": sys.executable}
-            result.update(self._execute_module(module_args=options, task_vars=task_vars, wrap_async=True))
-            return result
-        _die_with_parent()
-        result.update(self._in_worker(task_vars))
+            result.update(self._in_background(task_vars))
+        else:
+            _keep_to_ourselves()
+            result.update(quietly(self.control, lambda: self._in_worker(task_vars)))
+        if result.get("failed") or self._task.async_val:  # one option may hold what belongs into another
+            self._task.args = {}
         for line in result.pop("screen", ()):
             Display().display(line)
+        return result
+
+    def _take_over(self) -> None:
+        """Ansible hands a task's options and environment to every callback, and to ``rescue``: what is secret is taken out there.
+
+        A task that is tried again comes by again, and has them already.
+        """
+        if self._given is not None:
+            return
+        self._given = plain(dict(self._task.args))
+        environment: dict[str, Any] = {}
+        self._compute_environment_string(environment)
+        self._environment = {name: str(value) for name, value in environment.items()}
+        options = spec_of(self.control)["argument_spec"]
+        known = Secrets()
+        for value in _texts([self._given.get(name) for name in options if options[name].get("no_log")]):
+            known.add(value)
+        known.add_embedded(self._given)
+        self._task.args = known.censor(shown_options(self.control, self._given))
+        self._task.environment = []
+
+    def _in_background(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        """Ansible's own way: as a module, in a file that holds the options, until it has ended."""
+        given = self._given or {}
+        msg = ""
+        if getattr(self.control, "needs_host", False):
+            msg = IN_ITS_ACTION_ONLY.format(self.control.name)
+        elif self._connection.transport != "local":
+            msg = (
+                "async: add connection: local to the task; nothing of a control is copied to a system under protection"
+            )
+        elif constants.DEFAULT_KEEP_REMOTE_FILES:
+            msg = "async: unset ANSIBLE_KEEP_REMOTE_FILES, which would leave a file with the options, passwords among them"
+        if msg:
+            return {"failed": True, "msg": msg}
+        os.environ.update(self._environment)  # on the command line, where Ansible would put it, everybody reads it
+        options = {**given, "host": given.get("host") or task_vars.get("inventory_hostname")}
+        task_vars = {**task_vars, "ansible_python_interpreter": sys.executable}
+        result: dict[str, Any] = self._execute_module(module_args=options, task_vars=task_vars, wrap_async=True)
         return result
 
     def _in_worker(self, task_vars: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +149,7 @@ class ControlAction(ActionBase):
         spec = spec_of(control)
         options = spec.pop("argument_spec")
         spec.pop("supports_check_mode")
-        given = plain(dict(self._task.args))
+        given = self._given or {}
         checked = ModuleArgumentSpecValidator(options, **spec).validate(given)
         params = {**given, **checked.validated_parameters}
         hidden = set(checked._no_log_values) | _texts(
@@ -110,13 +159,11 @@ class ControlAction(ActionBase):
             msg = checked.errors.msg
             if checked.unsupported_parameters:
                 msg = f"Unsupported parameters for ({self._task.action}) module: {msg}"
-            return {"failed": True, "msg": remove_values(msg, hidden)}
+            return {"failed": True, "msg": remove_values(without_values(msg), hidden | texts_of(given))}
         params["host"] = params.get("host") or task_vars.get("inventory_hostname")
-        environment: dict[str, str] = {}
-        self._compute_environment_string(environment)
         context = Context(
             check_mode=bool(self._task.check_mode),
-            env={**os.environ, **environment},
+            env={**os.environ, **self._environment},
             secrets=Secrets(public=public_values(options, params)),
             actor=actor(),
             run_id=os.environ.get("FIREBREAK_RUN") or RUN_ID,
@@ -126,23 +173,14 @@ class ControlAction(ActionBase):
         for value in hidden:
             context.secret(value)
         result = execute(control, params, context)
-        result["invocation"] = {"module_args": _masked(options, params, hidden)}
+        shown = {} if result.get("failed") else context.secrets.censor(shown_options(control, params))
+        result["invocation"] = {"module_args": shown}
         return result
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:
     """What a module would see: Ansible's tags are taken off, and a date is its text."""
     return json.loads(json.dumps(arguments, default=str))
-
-
-def _masked(options: dict[str, Any], params: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
-    shown = {
-        name: "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
-        if options.get(name, {}).get("no_log") and value is not None
-        else value
-        for name, value in params.items()
-    }
-    return remove_values(shown, hidden)
 
 
 def _texts(values: Any) -> set[str]:
@@ -156,10 +194,12 @@ def _texts(values: Any) -> set[str]:
     return set()
 
 
-def _die_with_parent() -> None:
-    """A killed ansible-playbook takes its workers along; else they would go on writing."""
+def _keep_to_ourselves() -> None:
+    """A killed ansible-playbook takes its workers along; else they would go on writing. And no crash leaves our memory on disk."""
     if os.getpid() == PARENT:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    library = ctypes.CDLL(None)
+    library.prctl(PR_SET_DUMPABLE, 0)
+    library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != PARENT:
         os.kill(os.getpid(), signal.SIGKILL)
