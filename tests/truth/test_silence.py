@@ -26,12 +26,10 @@ from typing import Any
 
 import pytest
 import zstandard
-from ansible.parsing.vault import VaultLib, VaultSecret
 
 from ansible_collections.firebreak.incident.plugins.module_utils._engine import COMMON, execute, spec_of
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.module_utils._module import quietly
-from lab import ROOT
 from lab.client import Lab
 from tests import dumps, helpers
 from tests.contract.rotation_walk import LocalHost
@@ -40,6 +38,7 @@ from tests.helpers_search import CommandLines, Search, spellings
 from tests.rows import Row
 from tests.truth import FULL, budget
 from tests.truth.hostile import STALLS, WAYS, Hostile
+from tests.truth.silence import Variables, found, surroundings
 
 CANARY = "canary\"7411'/+%\\word&<>"
 IN_ADDRESS = "canary-of-7411-in-an-address"
@@ -55,57 +54,7 @@ ENVIRONMENT = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
 WRONG_TYPES = ("int", "float", "bool", "dict")
-VAULT_PASSWORD = "the vault's own password"
 Tell = Callable[[str, object], None]
-
-
-def surroundings(home: Path) -> dict[str, str]:
-    """Ansible as talkative as it can be, and every file of it under ``home``."""
-    return {
-        "ANSIBLE_ACTION_PLUGINS": str(ROOT / "tests" / "leaky" / "action"),
-        "ANSIBLE_LIBRARY": str(ROOT / "tests" / "leaky" / "library"),
-        "ANSIBLE_CALLBACKS_ENABLED": "lockstep,witness,junit,tree",
-        "ANSIBLE_CALLBACK_TREE_DIR": str(home / "tree"),
-        "ANSIBLE_CACHE_PLUGIN": "jsonfile",
-        "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(home / "facts"),
-        "ANSIBLE_DISPLAY_ARGS_TO_STDOUT": "true",
-        "ANSIBLE_DISPLAY_TRACEBACK": "always",
-        "ANSIBLE_LOG_PATH": str(home / "ansible.log"),
-        "ANSIBLE_RETRY_FILES_ENABLED": "true",
-        "ANSIBLE_RETRY_FILES_SAVE_PATH": str(home / "retry"),
-        "JUNIT_OUTPUT_DIR": str(home / "junit"),
-        "PYTHONPATH": str(ROOT),
-        "TEST_WITNESS": str(home / "witness.jsonl"),
-    }
-
-
-class Variables:
-    """A task's options as variables in an encrypted file, so that the play itself says no secret."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._file, self._inline, self._password = folder / "given.json", folder / "inline.yml", folder / "password"
-        self._vault = VaultLib([("default", VaultSecret(VAULT_PASSWORD.encode()))])
-        self._given: list[Any] = []
-        self._texts: list[str] = []
-
-    def hidden(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options, each as a variable; what is about the play itself stays."""
-        return {name: value if value == INCIDENT else self.variable(value) for name, value in options.items()}
-
-    def variable(self, value: Any) -> str:
-        if isinstance(value, str) and not self._texts:  # the first is encrypted by itself: each takes a while
-            self._texts.append(value)
-            return "{{ inline }}"
-        self._given.append(value)
-        return f"{{{{ given[{len(self._given) - 1}] }}}}"
-
-    def words(self) -> list[str]:
-        self._password.write_text(VAULT_PASSWORD)
-        self._file.write_bytes(self._vault.encrypt(json.dumps({"given": self._given})))
-        lines = self._vault.encrypt(self._texts[0]).decode().splitlines()
-        self._inline.write_text("\n".join(["inline: !vault |", *(f"  {line}" for line in lines)]))
-        return ["--vault-password-file", str(self._password), "-e", f"@{self._file}", "-e", f"@{self._inline}"]
 
 
 def closed_port() -> int:
@@ -263,22 +212,14 @@ def test_no_secret_is_shown(lab: Lab, row: Row, tmp_path: Path, record_property:
     assert status["release stopped"] == ("failed" if row.reversible else "ok")
     # Ansible's own wrapper of an asynchronous module removes its file after it has written the result: it must vanish.
     lab.until(lambda: not list((home / "remote").glob("*/AnsiballZ*")), "a module's file stays", 20)
-    told = (play.console.read_bytes(), json.dumps(results).encode())
     calm = {name: result for name, result in results.items() if not name.startswith("crash")}
     assert "unexpected" not in json.dumps(calm)
     assert {status[name] for name in results if name.startswith("crash")} == {"failed"}
 
     def search(secrets: set[str]) -> list[str]:
-        one = Search(secrets)
-        for where, text in zip(("console", "results"), told, strict=True):
-            one.look(where, text)
-        for line in lines.seen:
-            one.look("command line", line)
-        for seen in lines.environments:  # where the user has put it, it stays: into a local process of his own
-            one.look("environment", seen.replace(IN_ENVIRONMENT.encode(), b""))
-        one.look_below(home, [play.console])
-        one.look_below(Path(store.removeprefix("file://")))
-        return one.hits
+        # Where the user has put a secret, it stays: in the environment of a local process of his own.
+        lines.environments = {seen.replace(IN_ENVIRONMENT.encode(), b"") for seen in lines.environments}
+        return found(secrets, play.console, results, lines, store).hits
 
     hits = search({*secrets, *known_secrets(lab, row)})
     assert not hits, "\n".join(hits)

@@ -22,7 +22,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._errors import 
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 from ansible_collections.firebreak.incident.plugins.module_utils._plan import Change, Plan
 
-SECONDS = "0.3"
+SECONDS = "0.6"
 SPEC: dict[str, Any] = {
     "argument_spec": {
         "way": {"type": "str", "required": True},
