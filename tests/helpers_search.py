@@ -102,13 +102,18 @@ class Search:
     """Collects hits: where each was found. The secret itself is named by its number, never shown."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        known = sorted({secret for secret in secrets if len(secret) >= SHORTEST})
-        self._spellings = [(number, form) for number, secret in enumerate(known) for form in sorted(spellings(secret))]
+        self._known = sorted({secret for secret in secrets if len(secret) >= SHORTEST})
+        forms = {(BROKEN.sub(b"", form), number) for number, one in enumerate(self._known) for form in spellings(one)}
+        self._spellings = [(number, form) for form, number in sorted(forms)]
         self.hits: list[str] = []
         self.searched = 0
 
+    def found(self, hit: str) -> str:
+        """What a hit is of."""
+        return next(self._known[int(number)] for number in re.findall(r": secret (\d+) after ", hit))
+
     def look(self, where: str, data: bytes) -> None:
-        for text in {data, BROKEN.sub(b"", data), *unpacked(data)}:
+        for text in (BROKEN.sub(b"", one) for one in {data, *unpacked(data)}):
             self.searched += len(text)
             for number, form in self._spellings:
                 place = text.find(form)

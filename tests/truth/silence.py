@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ class Variables:
         lines = self._vault.encrypt(self._texts[0]).decode().splitlines()
         self._inline.write_text("\n".join(["inline: !vault |", *(f"  {line}" for line in lines)]))
         return ["--vault-password-file", str(self._password), "-e", f"@{self._file}", "-e", f"@{self._inline}"]
+
+
+def told_apart(search: Callable[[set[str]], Search], secrets: set[str], public: set[str]) -> tuple[str, list[str]]:
+    """One search for both: where what is no secret was found, and the hits of what is one."""
+    public = {*public, "--foreground"}
+    seen = search({*secrets, *public})
+    return " ".join(hit for hit in seen.hits if seen.found(hit) in public), [
+        hit for hit in seen.hits if seen.found(hit) not in public
+    ]
 
 
 def found(secrets: set[str], console: Path, results: dict[str, Any], lines: CommandLines, store: str) -> Search:

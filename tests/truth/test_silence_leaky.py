@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,10 @@ def leaks(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[s
             if name.endswith("background"):
                 finished(lab, home, results[name])
     search = found(set(passwords.values()), play.console, results, lines, store)
-    numbers = dict(enumerate(sorted(passwords, key=lambda name: passwords[name])))
+    names = {password: name for name, password in passwords.items()}
     places: dict[str, set[str]] = {name: set() for name in ways}
     for hit in search.hits:
-        where, _colon, more = hit.partition(": secret ")
-        places[numbers[int(re.match(r"\d+", more)[0])]].add(f"{where}:")  # type: ignore[index]
+        places[names[search.found(hit)]].add(hit.partition(" secret ")[0])
     places["failed"] = {name for name, result in results.items() if result["status"] != "ok"}
     return places
 
