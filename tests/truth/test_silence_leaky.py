@@ -36,12 +36,12 @@ PLACES = {
     "blob": {"/blobs/"},
     "evidence": {"/evidence/"},
     "spool": {"/spool/"},
-    "temporary file": {"/home/tmp/"},
+    "temporary file": {"/tmp/tmp"},
     "command line": {"command line:"},
     "environment of a process": {"environment:"},
     "text on the host": {"/on-the-host:"},
 }
-IN_BACKGROUND = {"result": {"/async/j"}, "journal": {"/journal/"}, "temporary file": {"/home/tmp/"}}
+IN_BACKGROUND = {"result": {"/async/j"}, "journal": {"/journal/"}, "temporary file": {"/tmp/tmp"}}
 # What the engine keeps back by itself, whatever the control does.
 KEPT_BACK = ("crash", "exit")
 
