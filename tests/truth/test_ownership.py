@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.client import Lab
 from tests import helpers
-from tests.foreign import Foreign
+from tests.contract.rotation_walk import LocalHost
+from tests.foreign import EnvFile, Foreign
 from tests.rows import Row
 from tests.truth import budget
 from tests.truth.test_kill import REQUESTS, Round, spread
@@ -212,3 +215,26 @@ def test_edits_all_the_time_stay(
             other.holds()
             assert neutral(other.rest(), one) == undisturbed.end
     record_property("tried", 2 * ROUNDS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.control == "secret_delivery"], ids=helpers.name_of)
+def test_an_edit_while_the_new_file_is_made_stays(lab: Lab, row: Row, tmp_path: Path) -> None:
+    """Inside our own command on the host: after the new file was written, before it takes the old one's place."""
+    one, other = Round(lab, row), row.foreign(lab)
+    assert isinstance(other, EnvFile)
+    shim, done = tmp_path / "sync", tmp_path / "done"
+    shim.write_text(
+        f'#!/bin/sh\n[ -e {done} ] || {{ touch {done}; echo FOREIGN=1 >> {other.path}; }}\nexec {shutil.which("sync")} "$@"\n'
+    )
+    shim.chmod(0o755)
+    host = LocalHost()
+    host.path = f"{tmp_path}:{host.path}"
+    try:
+        result = helpers.execute(one.control, one.params, host=host)
+        assert done.exists() and result.get("failed"), result
+        assert "somebody else changed it at the same time" in result["msg"]
+        assert b"FOREIGN=1\n" in other.found()
+        assert in_force(one) == 0
+        assert b"FOREIGN=1\n" in other.found() and other.rest()["as at the start"] == []
+    finally:
+        other.close()
