@@ -329,6 +329,19 @@ class Client:
             msg = f"the list {name} cannot be deleted while a rule uses it: release that rule first"
             raise CloudflareError(msg, error.status, error.codes, "none") from None
 
+    def listed(self, name: str) -> tuple[Json | None, list[Json]]:
+        """A list and its entries. Where another run deletes it between the two requests, it is looked for again."""
+        known = self.find_list(name)
+        while known is not None:
+            try:
+                return known, self.items(known["id"])
+            except CloudflareError as error:
+                again = self.find_list(name)
+                if error.status != 404 or (again or {}).get("id") == known["id"]:
+                    raise
+                known = again
+        return None, []
+
     def items(self, list_id: str) -> list[Json]:
         """All entries. Pages of a list that somebody changes meanwhile leave some out: then they are read again."""
         found, cursor = self._page(list_id, "")

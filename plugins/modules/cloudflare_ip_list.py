@@ -157,8 +157,9 @@ def _owner(text: Any) -> str:
 
 
 def read(client: _cloudflare.Client, params: dict[str, Any]) -> Facts:
-    known, wanted, incident = client.find_list(params["name"]), _wanted(params), params["incident_id"]
-    comments = {item["ip"]: item.get("comment") for item in client.items(known["id"])} if known else {}
+    wanted, incident = _wanted(params), params["incident_id"]
+    known, items = client.listed(params["name"])
+    comments = {item["ip"]: item.get("comment") for item in items}
     ours = {value: comment for value, comment in comments.items() if _owner(comment) == incident}
     found: Facts | None = None
     if known:
