@@ -159,7 +159,10 @@ class Scene:
         )
         failed = sum(entry["kind"] == "failed" for entry in entries)
         assert max(begun.values()) <= 1 + failed, "an intent stands there twice"
-        ended = Counter(entry["body"]["of"] for entry in entries if entry["kind"] in ("done", "failed"))
+        outcomes = [entry["body"] for entry in entries if entry["kind"] in ("done", "failed")]
+        ended = Counter(
+            body["of"] for body in outcomes if not body.get("settled")
+        )  # what failed may be seen done later
         assert max(ended.values()) == 1, "an outcome stands there twice"
         places = {entry["nonce"]: entry["seq"] for entry in entries}
         assert len(places) == len(entries)
@@ -277,7 +280,7 @@ def test_a_dead_run_of_a_machine_with_another_clock_is_taken_over_at_last_and_no
 ) -> None:
     ahead, behind = hours()
     place = places[kind]
-    clocks = [(ahead, behind, 0.0), (behind, ahead, behind)] if FULL else [(ahead, behind, behind)]
+    clocks = [(ahead, behind, 0.0), (behind, ahead, behind)][: budget(1, 2)]
     for its, ours, stores in clocks:
         scene = Scene(lab, row, place, tmp_path / "spool")
         if isinstance(place, S3):
