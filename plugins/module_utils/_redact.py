@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 SHORTEST_SUBSTRING = 6
 # A password that is no longer than this, and equals a public option, is a name (user "postgres", password "postgres").
 LONGEST_NAME = 12
+# A word. As a secret it is the weakest, and most in need of being replaced; in a text of ours it stands for itself.
+PLAIN_WORD = re.compile("[A-Za-z_]{1,11}")
 HIDDEN = "********"
 # Who asks, as an address (a URL) or a connection string may say: ``user:password``, or one long word, which is a token.
 ASKED_AS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://([^/?#\s]*)@")
@@ -81,8 +83,9 @@ class Secrets:
         return _clean(json.loads(json.dumps(result, default=str)), values)
 
     def found_in(self, structure: Any) -> bool:
-        """Whether a secret stands in this structure, whole or as a part of a longer text."""
-        values = self._values - self._public
+        """Whether a secret stands in this structure, whole or as a part of a longer text. Where a secret is a plain word,
+        nobody can tell: it is hidden in results, but nothing is refused because of it."""
+        values = {value for value in self._values - self._public if not PLAIN_WORD.fullmatch(value)}
         return any(_holds(text, values) for text in _texts(structure))
 
 

@@ -38,7 +38,8 @@ options:
     description:
       - V(present) adds what is missing.
       - V(absent) removes these entries where they are this incident's. Without O(items) it removes all of this incident, and the list
-        itself where this incident created it and nobody else uses it.
+        itself where this incident created it and nobody else uses it. With an empty O(items) it removes such a list alone, where nothing
+        is left in it.
     type: str
     choices: [present, absent]
     default: present
@@ -161,13 +162,14 @@ def read(client: _cloudflare.Client, params: dict[str, Any]) -> Facts:
     known, items = client.listed(params["name"])
     comments = {item["ip"]: item.get("comment") for item in items}
     ours = {value: comment for value, comment in comments.items() if _owner(comment) == incident}
+    whole = not wanted and params["state"] == "absent"  # where the list itself may go
     found: Facts | None = None
     if known:
         made = _owner(known.get("description")) == incident
         found = {"kind": known["kind"], "ours": made, "others": len(comments) > len(ours)}
     return {
         "list": found,
-        "entries": {value: ours[value] for value in sorted(ours) if wanted is None or value in wanted},
+        "entries": {value: ours[value] for value in sorted(ours) if whole or value in (wanted or ())},
         "listed_by_others": sorted(value for value in wanted or () if value in comments and value not in ours),
         "estimate": {"entries": len(comments)},
     }
@@ -188,7 +190,7 @@ def plan(params: dict[str, Any], facts: Facts) -> Plan:
 def _addition(params: dict[str, Any], before: Facts, wanted: dict[str, None], estimate: Facts) -> Plan:
     name, changes = params["name"], []
     if before["list"] is None:
-        undo = {"state": "absent", "name": name}
+        undo = {"state": "absent", "name": name, "items": []}
         changes.append(Change("create", f"list {name}", ("list",), undo, data={"description": _description(params)}))
     listed = {*before["entries"], *before["listed_by_others"]}
     new = [value for value in wanted if value not in listed]
@@ -208,7 +210,7 @@ def _removal(params: dict[str, Any], before: Facts, wanted: dict[str, None] | No
     if gone:
         undo = {"state": "present", "name": name, "items": gone}
         changes.append(Change("delete", f"{len(gone)} entries of list {name}", ("entries",), undo, bulk="items"))
-    if wanted is None and known and known["ours"] and not known["others"]:
+    if not wanted and not kept and known and known["ours"] and not known["others"]:
         undo = {"state": "present", "name": name, "items": [], "description": params["description"]}
         changes.append(Change("delete", f"list {name}", ("list",), undo))
         after["list"] = None

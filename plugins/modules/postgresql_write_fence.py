@@ -173,10 +173,10 @@ def _wanted(params: dict[str, Any], before: Facts) -> Facts:
         return {SETTING: "on", "loaded": True, "mark": mark}
     if not params["previous"] and not before["mark"]:
         return before
-    previous = params["previous"] or {SETTING: None, "mark": None}
+    if params["previous"]:
+        return {SETTING: params["previous"][SETTING], "loaded": True, "mark": params["previous"]["mark"]}
     # A value that is not the fence's is somebody else's by now.
-    value = previous[SETTING] if before[SETTING] == "on" else before[SETTING]
-    return {SETTING: value, "loaded": True, "mark": previous["mark"]}
+    return {SETTING: None if before[SETTING] == "on" else before[SETTING], "loaded": True, "mark": None}
 
 
 def apply(client: _postgresql.Client, params: dict[str, Any], change: Change) -> None:

@@ -170,6 +170,7 @@ SPEC: dict[str, Any] = {
 
 
 def read(client: _redis.Client, params: dict[str, Any]) -> Facts:
+    _check_options(params)
     client.primary()
     entry = client.get(mark_key(params))
     estimate = {"keys": client.size()}
@@ -189,9 +190,7 @@ def _sampled(client: _redis.Client, params: dict[str, Any], keys: int) -> dict[s
 
 
 def plan(params: dict[str, Any], facts: Facts) -> Plan:
-    template(params)
-    if not 1 <= params["batch"] <= 1000 or params["deadline"] < 1:
-        raise Refused("batch, deadline: batch is 1 to 1000 keys, deadline at least one second")
+    _check_options(params)
     moment = None if params.get("issued_before") is None else epoch("issued_before", params["issued_before"])
     users = len(set(params["users"])) if params["scope"] == "users" else None
     estimate, revoked = facts.get("estimate", {}), facts["revoked"]
@@ -230,6 +229,12 @@ def _everybody(params: dict[str, Any]) -> str:
         if spared
         else "all sessions"
     )
+
+
+def _check_options(params: dict[str, Any]) -> None:
+    template(params)
+    if not 1 <= params["batch"] <= 1000 or params["deadline"] < 1:
+        raise Refused("batch, deadline: batch is 1 to 1000 keys, deadline at least one second")
 
 
 def _covers(done: str | None, asked: float | None) -> bool:

@@ -118,7 +118,9 @@ def read(client: _vault.Client, params: dict[str, Any]) -> Facts:
     _check_options(params)
     secret = client.read_secret(params["engine_mount_point"], params["path"]) or {"version": 0, "data": None}
     data = secret["data"] or {}
-    values = {name: client.secret(str(data[field])) for field, name in params["fields"].items() if field in data}
+    # What no file can hold as it stands in Vault (null, true, an object) is not there for a consumer.
+    texts = {field: str(value) for field, value in data.items() if type(value) in (str, int)}
+    values = {name: client.secret(texts[field]) for field, name in params["fields"].items() if field in texts}
     seen, standings = _delivery.compare(client.host, params["env_file"], values, client.left())
     client.held.update(seen=seen, values=values, version=secret["version"])
     fields = {name: standings.get(name, "unknown") for name in params["fields"].values()}
