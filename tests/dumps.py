@@ -24,15 +24,9 @@ SESSION = "session:refresh:"
 PROBED = "21"  # the user who logs in when the doors are tried
 
 
-def everything(lab: Any) -> dict[str, Any]:
-    return {
-        "postgresql": postgresql(lab),
-        "redis": keys(lab),
-        "redis server": redis_server(lab),
-        "vault": vault(lab),
-        "edge": edge(lab),
-        "files": application_files(lab),
-    }
+def everything(lab: Any, *parts: str) -> dict[str, Any]:
+    """What these parts of the lab hold; all of them where none is named."""
+    return {name: read(lab) for name, read in PARTS.items() if not parts or name in parts}
 
 
 def but_for_what_is_final(dump: dict[str, Any], before: dict[str, Any], everybody: bool = False) -> dict[str, Any]:
@@ -50,6 +44,12 @@ def but_for_what_is_final(dump: dict[str, Any], before: dict[str, Any], everybod
         "vault": _unrotated(dump["vault"]),
         "files": _undelivered(dump["files"]),
     }
+
+
+def unprobed(dump: dict[str, Any]) -> dict[str, Any]:
+    """Without the sessions that the doors' trial made."""
+    probed = f"{SESSION}{PROBED}:"
+    return {**dump, "redis": {key: value for key, value in dump["redis"].items() if not key.startswith(probed)}}
 
 
 def _unrotated(dump: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def _undelivered(dump: dict[str, Any]) -> dict[str, Any]:
     blank = {}
     for name, file in dump.items():
         pattern = rf"^({'|'.join(ROTATED)})=.*$"
-        blank[name] = {**file, "text": re.sub(pattern, r"\1=", file["text"], flags=re.MULTILINE)}
+        if "text" in file:
+            file = {**file, "text": re.sub(pattern, r"\1=", file["text"], flags=re.MULTILINE)}
+        blank[name] = file
     return blank
 
 
@@ -88,6 +90,10 @@ def session(lab: Any, host: str = "pg1") -> psycopg.Connection[Any]:
     )
 
 
+# Schemas that somebody made, not the server.
+OURS = "nspname NOT LIKE 'pg\\_%' AND nspname <> 'information_schema'"
+
+
 def postgresql(lab: Any) -> dict[str, Any]:
     """What pg_dumpall would write, as hashes where it is large, and the server's own configuration file."""
     queries = {
@@ -95,25 +101,38 @@ def postgresql(lab: Any) -> dict[str, Any]:
         "members": "SELECT roleid::regrole::text, member::regrole::text FROM pg_auth_members ORDER BY 1, 2",
         "comments": "SELECT classoid::regclass::text, objoid::text, description FROM pg_shdescription ORDER BY 1, 2, 3",
         "labels": "SELECT classoid::regclass::text, objoid::text, label FROM pg_shseclabel ORDER BY 1, 2, 3",
-        "role settings": "SELECT setdatabase, setrole, setconfig FROM pg_db_role_setting ORDER BY 1, 2",
+        "role settings": "SELECT datname, rolname, setconfig FROM pg_db_role_setting LEFT JOIN pg_roles r ON r.oid = setrole"
+        " LEFT JOIN pg_database d ON d.oid = setdatabase ORDER BY 1, 2",
         "databases": "SELECT datname, datallowconn, datconnlimit, datacl::text FROM pg_database ORDER BY 1",
         "settings": "SELECT name, reset_val, source FROM pg_settings WHERE source NOT IN ('client', 'session') ORDER BY 1",
-        "relations": "SELECT relname, relkind::text, relacl::text, reloptions FROM pg_class"
-        " WHERE relnamespace = 'public'::regnamespace ORDER BY 1",
-        "sequences": "SELECT sequencename, last_value FROM pg_sequences ORDER BY 1",
+        # ALTER SYSTEM writes the file anew: order and comments are the server's.
+        "configuration": "SELECT DISTINCT ON (name) name, setting FROM pg_file_settings"
+        " WHERE sourcefile LIKE '%/postgresql.auto.conf' ORDER BY name, seqno DESC",
+        "schemas": f"SELECT nspname, nspacl::text FROM pg_namespace WHERE {OURS} ORDER BY 1",
+        "relations": "SELECT nspname, relname, relkind::text, relacl::text, reloptions, relrowsecurity FROM pg_class"
+        f" JOIN pg_namespace n ON n.oid = relnamespace WHERE {OURS} ORDER BY 1, 2",
+        "columns": "SELECT attrelid::regclass::text, attname, atttypid::regtype::text, attnotnull, attacl::text"
+        " FROM pg_attribute JOIN pg_class c ON c.oid = attrelid JOIN pg_namespace n ON n.oid = relnamespace"
+        f" WHERE attnum > 0 AND {OURS} ORDER BY 1, attnum",
+        "policies": "SELECT * FROM pg_policies ORDER BY schemaname, tablename, policyname",
+        "functions": "SELECT nspname, proname, md5(prosrc), proacl::text FROM pg_proc JOIN pg_namespace n"
+        f" ON n.oid = pronamespace WHERE {OURS} ORDER BY 1, 2, 3",
+        "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled::text FROM pg_trigger ORDER BY 1, 2",
+        "sequences": "SELECT schemaname, sequencename, last_value FROM pg_sequences ORDER BY 1, 2",
     }
     with session(lab) as database:
         dump: dict[str, Any] = {name: database.execute(query).fetchall() for name, query in queries.items()}
-        tables = [name for name, kind, *_unused in dump["relations"] if kind == "r"]
-        dump["rows"] = {name: _hash(database, name) for name in tables}
-    configuration = Path(lab.dir) / "run" / "pg1" / "postgresql.auto.conf"
-    dump["configuration"] = configuration.read_bytes().decode()
+        tables = [(schema, name) for schema, name, kind, *_unused in dump["relations"] if kind == "r"]
+        dump["rows"] = {f"{schema}.{name}": _hash(database, schema, name) for schema, name in tables}
+    dump["configuration"] = dict(dump["configuration"])
+    facts = (Path(lab.dir) / "run" / "pg1" / "postgresql.auto.conf").stat()
+    dump["configuration's mode"] = stat.filemode(facts.st_mode)
     return dict(json.loads(json.dumps(dump, default=str)))
 
 
-def _hash(database: psycopg.Connection[Any], table: str) -> list[Any]:
+def _hash(database: psycopg.Connection[Any], *table: str) -> list[Any]:
     query = sql.SQL("SELECT count(*), md5(coalesce(string_agg(t::text, ',' ORDER BY t::text), '')) FROM {} t")
-    return list(database.execute(query.format(sql.Identifier(table))).fetchone() or ())
+    return list(database.execute(query.format(sql.Identifier(*table))).fetchone() or ())
 
 
 def rows(lab: Any, table: str) -> int:
@@ -139,7 +158,10 @@ def keys(lab: Any) -> dict[str, Any]:
             asked.dump(name).pexpiretime(name)
         answers = asked.execute()
     return {
-        name.decode(): [hashlib.sha256(answers[2 * place] or b"").hexdigest(), answers[2 * place + 1]]
+        name.decode(errors="surrogateescape"): [
+            hashlib.sha256(answers[2 * place] or b"").hexdigest(),
+            answers[2 * place + 1],
+        ]
         for place, name in enumerate(names)
         if answers[2 * place] is not None
     }
@@ -202,10 +224,13 @@ def application_files(lab: Any) -> dict[str, Any]:
     """The files beside the application, each with mode and owner."""
     found = {}
     for path in sorted((Path(lab.dir) / "app").iterdir()):
-        if path.is_file():
-            facts = path.stat()
-            owner = [facts.st_uid, facts.st_gid]
-            found[path.name] = {"text": path.read_text(), "mode": stat.filemode(facts.st_mode), "owner": owner}
+        facts = path.lstat()
+        owner = [facts.st_uid, facts.st_gid]
+        found[path.name] = {"mode": stat.filemode(facts.st_mode), "owner": owner}
+        if path.is_symlink():
+            found[path.name]["leads to"] = str(path.readlink())
+        elif path.is_file():
+            found[path.name]["text"] = path.read_bytes().decode(errors="surrogateescape")
     return found
 
 
@@ -257,3 +282,13 @@ CONTAINED: dict[str, Callable[[Any], bool]] = {
 
 def contained(lab: Any) -> set[str]:
     return {host for host, holds in CONTAINED.items() if holds(lab)}
+
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "postgresql": postgresql,
+    "redis": keys,
+    "redis server": redis_server,
+    "vault": vault,
+    "edge": edge,
+    "files": application_files,
+}

@@ -136,12 +136,12 @@ def connection_options(control: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def release(
-    lab: Any, store: str, control: str, params: dict[str, Any], incident_id: str, **more: Any
+    lab: Any, store: str, control: str, params: dict[str, Any], incident_id: str, force: bool = False, **more: Any
 ) -> dict[str, Any]:
     """Undo what an incident's controls changed on the row's host."""
     host = row_of(control).host
     options = {**surroundings(lab, store, host, incident_id), **connection_options(control, params), "host": host}
-    return execute(control_release.CONTROL, options, **more)
+    return execute(control_release.CONTROL, {**options, **({"force": True} if force else {})}, **more)
 
 
 # --- what is on disk

@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import strategies as st
+from psycopg import sql
 
+from tests import dumps
 from tests.foreign import Database
-from tests.rows import Case, Reach, Row
+from tests.rows import Case, Reach, Row, Spoil, State
 
 INCIDENT = "INC-2026-1120-001"
 MARK = f"{INCIDENT}/1"
@@ -81,7 +85,14 @@ PLANS = [
         FENCED,
     ),
     Case("undo twice", _params("disabled", NOTHING), _facts(None, None), [], _facts(None, None)),
-    Case("a person's value stays", _params("disabled", NOTHING), _facts("off", MARK), [DELETE], _facts("off", None)),
+    Case("a person's value stays", _params("disabled"), _facts("off", MARK), [DELETE], _facts("off", None)),
+    Case(
+        "undo by force over a person's value",
+        _params("disabled", NOTHING),
+        _facts("off", MARK),
+        [DISABLE, DELETE],
+        _facts(None, None),
+    ),
     Case("by hand", _params("disabled"), FENCED, [DISABLE, DELETE], _facts(None, None)),
     Case("nothing of ours", _params("disabled"), _facts("on", None), [], _facts("on", None)),
     Case(
@@ -137,18 +148,65 @@ def observe(lab: Any) -> dict[str, Any]:
 class Lab(Row):
     control = "postgresql_write_fence"
     host = "pg1"
+    touches = ("postgresql",)
+    # Something of somebody else's in the same file, and somebody who is there before the fence.
+    usual = {"file": {"log_min_duration_statement": "7s"}, "sessions": ["idle"]}
+
+    def __init__(self) -> None:
+        self._sessions: list[tuple[str, psycopg.Connection[Any]]] = []
 
     def params(self, lab: Any) -> dict[str, Any]:
         return {"state": "enabled", **connection(lab)}
 
-    def prepare(self, lab: Any) -> None:
+    def states(self) -> st.SearchStrategy[State]:
+        beside = {
+            "log_min_duration_statement": st.just("7s"),
+            "application_name": st.sampled_from(["it's", 'a "name"', "tëxt"]),
+            "firebreak.other": st.text("abc/' ", max_size=5),
+            SETTING: st.sampled_from(["on", "off", "true", "TRUE", "f", "yes", "1", "0", "tr"]),
+            "firebreak.fence": st.sampled_from(["", "", "INC-2020-0101-001/1", "nonsense"]),
+        }
+        return st.fixed_dictionaries(
+            {"file": st.fixed_dictionaries({}, optional=beside)},
+            optional={
+                "main file": st.sampled_from(["on", "off"]),
+                "lifted for app": st.booleans(),
+                "sessions": st.lists(st.sampled_from(["idle", "reading", "writing", "responder"]), max_size=3),
+            },
+        )
+
+    def bring(self, lab: Any, state: State) -> None:
+        for _kind, one in self._sessions:
+            one.close()
+        data = Path(lab.dir) / "run" / "pg1"
+        lines = [line for line in (data / "postgresql.conf").read_text().splitlines() if not line.startswith(SETTING)]
+        lines += [f"{SETTING} = {state['main file']}"] if "main file" in state else []
+        (data / "postgresql.conf").write_text("\n".join([*lines, ""]))
         with session(lab, default_transaction_read_only="off") as database:
             database.execute("ALTER SYSTEM RESET ALL")
-            # Something of somebody else's in the same file.
-            database.execute("ALTER SYSTEM SET log_min_duration_statement = '7s'")
+            for name, value in state["file"].items():
+                parameter = sql.Identifier(*name.split("."))
+                database.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(parameter, sql.Literal(value)))
+            lifted = f"SET {SETTING} = off" if state.get("lifted for app") else f"RESET {SETTING}"
+            database.execute(f"ALTER ROLE app {lifted}")
+            (asked,) = database.execute("SELECT clock_timestamp()").fetchone() or ()
             database.execute("SELECT pg_reload_conf()")
-        lab.until(lambda: observe(lab)["read_only"] == ["off"], "the server does not reload")
-        self.begun = session(lab)  # somebody who was there before the fence, and could write
+        lab.until(lambda: self._loaded(lab, asked), "the server does not reload")
+        self._sessions = [(kind, self._session(lab, kind)) for kind in state.get("sessions", ())]
+
+    @staticmethod
+    def _loaded(lab: Any, asked: Any) -> bool:
+        with session(lab) as database:
+            return database.execute("SELECT pg_conf_load_time() >= %s", [asked]).fetchone() == (True,)
+
+    @staticmethod
+    def _session(lab: Any, kind: str) -> psycopg.Connection[Any]:
+        """The responder's own idle session is the only one that a fence leaves."""
+        one = session(lab, "firebreak" if kind == "responder" else "postgres", default_transaction_read_only="off")
+        if kind in ("reading", "writing"):
+            one.execute("BEGIN")
+            one.execute("SELECT 1" if kind == "reading" else "CREATE TABLE written_by_a_thief ()")
+        return one
 
     def observe(self, lab: Any) -> dict[str, Any]:
         return observe(lab)
@@ -160,8 +218,9 @@ class Lab(Row):
         assert {**seen, "configuration": "", "read_only": ""} == {**before, "configuration": "", "read_only": ""}
         with session(lab) as database, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
             database.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
-        with pytest.raises(psycopg.OperationalError):
-            self.begun.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
+        for _kind, one in self._sessions:
+            with pytest.raises(psycopg.OperationalError):
+                one.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
 
     def reach(self, lab: Any) -> Reach:
         return Reach()
@@ -171,3 +230,50 @@ class Lab(Row):
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("pg1")["firebreak_postgresql_password"]]
+
+    def refusal(self, lab: Any, state: State) -> str | None:
+        mark = state["file"].get("firebreak.fence")
+        return f"This server is fenced under {mark}" if mark else None
+
+    def effect(self, lab: Any, state: State, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        before, seen = before["postgresql"], seen["postgresql"]
+        mark = seen["configuration"].pop("firebreak.fence")
+        assert mark.startswith("INC-") and mark.endswith("/1")
+        before["configuration"].pop("firebreak.fence", None)
+        before["configuration"][SETTING] = "on"
+        for dump in (before, seen):
+            dump["settings"] = [line for line in dump["settings"] if line[0] not in (SETTING, "firebreak.fence")]
+        assert seen == before
+        for kind, one in self._sessions:
+            if kind == "responder":
+                one.execute("SELECT 1")
+            else:
+                with pytest.raises(psycopg.OperationalError):
+                    one.execute("COMMIT")
+        with session(lab) as database, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            database.execute("UPDATE users SET note = 'tampered' WHERE id = 1")
+
+    def spoils(self, lab: Any) -> dict[str, Spoil]:
+        def alter(text: str) -> Callable[[], None]:
+            def change() -> None:
+                with session(lab, default_transaction_read_only="off") as database:
+                    database.execute(f"ALTER SYSTEM {text}")
+                    database.execute("SELECT pg_reload_conf()")
+                lab.until(lambda: self._reloaded(lab, text), "the server does not reload")
+
+            return change
+
+        def holds(name: str, value: str | None) -> Callable[[], bool]:
+            return lambda: dumps.postgresql(lab)["configuration"].get(name) == value
+
+        return {
+            "lifted": Spoil(alter(f"SET {SETTING} = off"), holds(SETTING, "off")),
+            "taken away": Spoil(alter(f"RESET {SETTING}"), holds(SETTING, None), conflict=False),
+            "another's mark": Spoil(alter("SET firebreak.fence = 'x/1'"), holds("firebreak.fence", "x/1"), theirs=True),
+        }
+
+    @staticmethod
+    def _reloaded(lab: Any, text: str) -> bool:
+        with session(lab) as database:
+            seen = database.execute(f"SELECT current_setting('{SETTING}')").fetchone()
+        return seen == ("on",) if "fence" in text else seen == ("off",)

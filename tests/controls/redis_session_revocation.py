@@ -10,10 +10,11 @@ import time
 from typing import Any
 
 import redis
+from hypothesis import strategies as st
 
 from ansible_collections.firebreak.incident.plugins.modules.redis_session_revocation import mark_key
 from tests.foreign import Keys
-from tests.rows import Case, Reach, Row
+from tests.rows import Case, Reach, Row, State
 
 INCIDENT = "INC-2026-1120-001"
 TEMPLATE = "session:refresh:{user}:{id}"
@@ -95,11 +96,43 @@ def server(lab: Any) -> redis.Redis:
     return redis.Redis.from_url(lab.env["REDIS_URL"])
 
 
+# Users with names that a pattern could take for another's.
+USERS = ("g1", "g11", "G1", "g1*", "*", "?", "[g]1", "\\", "ü", "a b", "g-1", "17x")
+IDS = ("a", "b*", "*", "ü", "x-y", "a b", "0")
+MOMENT = 1795143600
+# When a session began, before the moment or after it, as its value may tell.
+BEGAN: dict[str, tuple[str, bool]] = {
+    "long before": (json.dumps({"iat": MOMENT - 86400}), True),
+    "before": (json.dumps({"iat": MOMENT - 0.5, "x": "ü"}), True),
+    "in milliseconds": (json.dumps({"iat": (MOMENT - 1) * 1000}), True),
+    "as text": (json.dumps({"iat": "2026-11-20T02:59:59Z"}), True),
+    "at the moment": (json.dumps({"iat": MOMENT}), False),
+    "after": (json.dumps({"iat": MOMENT + 1}), False),
+    "after, as text": (json.dumps({"iat": "2026-11-20T05:00:00+01:00"}), False),
+    "untold": (json.dumps({"user": "x"}), True),
+    "no JSON": ('"', True),
+    "a list": ("[]", True),
+}
+TEMPLATES = (TEMPLATE, "s.{user}.{id}", "t:{id}:of:{user}")
+# Keys of others, and almost sessions.
+FOREIGN = (
+    "session:refresh:g1",
+    "session:refresh:g1:a:b",
+    "xsession:refresh:g1:a",
+    "session:refresh::a",
+    "s.g1.",
+    "cache:g1",
+)
+
+
 class Lab(Row):
     control = "redis_session_revocation"
     host = "cache1"
+    touches = ("redis",)
     reversible = False
     moment = int(time.time()) - 600
+    usual = {"like the lab's": True}
+    _made: tuple[str, ...] = ()
 
     def params(self, lab: Any) -> dict[str, Any]:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -110,14 +143,66 @@ class Lab(Row):
             "break_glass": [{"guard": "evidence", "reason": "the export is another test's", "date": today}],
         }
 
-    def prepare(self, lab: Any) -> None:
-        """User 17 with old and young sessions, others whose names are alike, and no mark of an earlier run."""
+    def states(self) -> st.SearchStrategy[State]:
+        session = st.fixed_dictionaries(
+            {
+                "user": st.sampled_from(USERS),
+                "id": st.sampled_from(IDS),
+                "began": st.sampled_from(sorted(BEGAN)),
+                "expires": st.sampled_from([None, 4000000000, 4000000001]),
+            }
+        )
+        usual = st.lists(st.sampled_from(USERS), min_size=1, max_size=4)
+        options = {
+            "users": st.one_of(
+                usual, usual, usual, st.lists(st.sampled_from([*USERS, "1", "", "a:b", "a.b"]), max_size=2)
+            ),
+            "issued_before": st.sampled_from([None, str(MOMENT), "2026-11-20T04:00:00+01:00"]),
+        }
+        more = {
+            "scope": st.sampled_from(["users", "users", "users", "all"]),
+            "batch": st.sampled_from([100, 1000, 0]),
+            "issued_at": st.sampled_from(["iat", "iat", "nowhere"]),
+            "key_template": st.sampled_from([*TEMPLATES, "{user}", "session"]),
+            "expires": st.just("2099-01-01T00:00:00Z"),
+        }
+        return st.fixed_dictionaries(
+            {
+                "sessions": st.lists(session, max_size=12),
+                "foreign": st.lists(st.sampled_from(FOREIGN), unique=True),
+                "hash": st.booleans(),
+                "options": st.fixed_dictionaries(options, optional=more),
+            }
+        )
+
+    def bring(self, lab: Any, state: State) -> None:
+        """In the usual state user 17 has old and young sessions beside others whose names are alike. No mark is there."""
         with server(lab) as cache:
-            for name, began in (("17:old", -5), ("17:young", 5), ("42:old", -5), ("170:old", -5), ("17:a:b", -5)):
-                value = json.dumps({"user_id": name, "iat": self.moment + began})
-                cache.set(f"session:refresh:{name}", value, ex=86400)
-            for mark in cache.scan_iter("firebreak:*"):
-                cache.delete(mark)
+            for name in (*self._made, *cache.scan_iter("firebreak:*")):
+                cache.delete(name)
+            if "sessions" not in state:
+                for name, began in (("17:old", -5), ("17:young", 5), ("42:old", -5), ("170:old", -5), ("17:a:b", -5)):
+                    value = json.dumps({"user_id": name, "iat": self.moment + began})
+                    cache.set(f"session:refresh:{name}", value, ex=86400)
+                return
+            sessions = {self._key(state, one): one for one in state["sessions"]}
+            self._made = (*sessions, *FOREIGN, self._odd(state))
+            for name, one in sessions.items():
+                cache.set(name, BEGAN[one["began"]][0], exat=one["expires"])
+            for name in state["foreign"]:
+                cache.set(name, "x", exat=4000000000)
+            if state["hash"]:
+                cache.hset(self._odd(state), "a", "b")
+
+    @staticmethod
+    def _key(state: State, session: dict[str, Any]) -> str:
+        given = state["options"].get("key_template", TEMPLATE)
+        given = given if given in TEMPLATES else TEMPLATE
+        return str(given.replace("{user}", session["user"]).replace("{id}", session["id"]))
+
+    def _odd(self, state: State) -> str:
+        """A key that has a session's name and is none."""
+        return self._key(state, {"user": "g1", "id": "hash"})
 
     def observe(self, lab: Any) -> dict[str, Any]:
         with server(lab) as cache:
@@ -144,3 +229,44 @@ class Lab(Row):
 
     def secrets(self, lab: Any) -> list[str]:
         return [lab.hostvars("cache1")["firebreak_redis_password"]]
+
+    def asked(self, lab: Any, state: State) -> dict[str, Any]:
+        options = {**self.params(lab), **state.get("options", {})}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def refusal(self, lab: Any, state: State) -> str | None:
+        if "options" not in state:
+            return None
+        asked = self.asked(lab, state)
+        shape, everybody = asked.get("key_template", TEMPLATE), asked.get("scope") == "all"
+        if shape in ("{user}", "session"):
+            return "key_template: it begins with fixed text"
+        separators = set(shape) & set(":.")
+        if not everybody and (not asked["users"] or any(not user or set(user) & separators for user in asked["users"])):
+            return "users: name at least one"
+        if asked.get("batch") == 0:
+            return "batch, deadline: batch is 1 to 1000"
+        theirs = [one for one in state["sessions"] if everybody or one["user"] in asked["users"]]
+        present = {self._key(state, one): one for one in theirs}
+        told = {one["began"] for one in present.values()} - {"untold", "no JSON", "a list"}
+        odd = state["hash"] and (everybody or "g1" in asked["users"])
+        others = shape == TEMPLATE and (everybody or "1" in asked["users"])  # the lab has some
+        timed = asked.get("issued_at", "iat") == "iat" and (told or others)
+        if "issued_before" in asked and (present or odd or others) and not timed:
+            return "issued_at: no sampled session has this field"
+        if not everybody and "1" in asked["users"]:
+            return "protected: accounts 1 may not be covered"
+        return "breadth: this needs break glass for all_sessions" if everybody else None
+
+    def effect(self, lab: Any, state: State, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        before, seen = before["redis"], seen["redis"]
+        new = seen.keys() - before.keys()
+        assert len(new) == 1 and all(name.startswith("firebreak:revocation:INC-") for name in new)
+        if "sessions" not in state:
+            return
+        asked = self.asked(lab, state)
+        theirs = {self._key(state, one): one for one in state["sessions"] if one["user"] in asked["users"]}
+        gone = {name for name, one in theirs.items() if "issued_before" not in asked or BEGAN[one["began"]][1]}
+        gone |= {self._odd(state)} if state["hash"] and "g1" in asked["users"] else set()
+        kept = {name: value for name, value in before.items() if name not in gone}
+        assert {name: value for name, value in seen.items() if name not in new} == kept

@@ -7,11 +7,15 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import urllib.parse
 from typing import Any
 
+from hypothesis import strategies as st
+
+from tests.contract.rotation_walk import Consumer
 from tests.foreign import Secrets
-from tests.rows import Case, Reach, Row
+from tests.rows import Case, Reach, Row, State
 
 MARK = "INC-2026-1120-001/1"
 URL = "https://app.example.com/api/me"
@@ -138,14 +142,124 @@ def connection(lab: Any, host: str) -> dict[str, Any]:
     return {"vault_url": known["firebreak_vault_url"], "vault_token": known["firebreak_vault_token"]}
 
 
+def forget(lab: Any, path: str) -> None:
+    """A secret with all that was pending for it."""
+    found, folders = [path], ["_pending/"]
+    while folders:
+        folder = folders.pop()
+        for name in (ask(lab, "LIST", f"secret/metadata/{folder}").get("data") or {}).get("keys", []):
+            if name.endswith("/"):
+                folders.append(folder + name)
+            elif f"/{path}/" in folder + name:
+                found.append(folder + name)
+    for one in found:
+        ask(lab, "DELETE", f"secret/metadata/{one}")
+
+
+GENERATED = "generated/rotated"
+SECRETS = ("JWT_SECRET", "WEBHOOK_SECRET")
+
+
 class Lab(Row):
     control = "vault_kv_rotation"
     host = "vault"
+    touches = ("vault",)
     reversible = False
 
     def params(self, lab: Any) -> dict[str, Any]:
         own = {"path": "app/backend", "fields": ["JWT_SECRET", "WEBHOOK_SECRET"], "state": "current"}
         return {**own, **connection(lab, self.host)}
+
+    def states(self) -> st.SearchStrategy[State]:
+        leaf = st.one_of(st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(0, 1), st.text(max_size=4))
+        sibling = st.one_of(leaf, st.lists(leaf, max_size=2), st.dictionaries(st.text(max_size=3), leaf, max_size=2))
+        names = st.sampled_from(
+            [["JWT_SECRET"], ["JWT_SECRET"], ["WEBHOOK_SECRET", "JWT_SECRET"], ["API", "JWT_SECRET"]]
+        )
+        options = {
+            "fields": st.one_of(names, names, names, st.sampled_from([[], ["ABSENT"], ["JWT_SECRET", "JWT_SECRET"]])),
+            "state": st.sampled_from(["staged", "current"]),
+        }
+        more = {"format": st.sampled_from(["hex", "base64", "urlsafe"]), "bytes": st.sampled_from([32, 48, 16])}
+        held = {
+            "JWT_SECRET": st.sampled_from(["old-jwt", "a", "secret", "current"]),
+            "WEBHOOK_SECRET": st.just("old-hook"),
+        }
+        return st.fixed_dictionaries(
+            {
+                "options": st.fixed_dictionaries(options, optional=more),
+                "data": st.fixed_dictionaries({**held, "API": st.sampled_from(["x", 7, None, {"a": "b"}])}),
+                "siblings": st.dictionaries(st.text("abc_é", min_size=1, max_size=4), sibling, max_size=4),
+            },
+            optional={
+                "earlier": st.integers(0, 5),
+                "max_versions": st.sampled_from([0, 2, 4, 1]),
+                "cas_required": st.booleans(),
+                "custom": st.dictionaries(st.sampled_from(["owner", "x y"]), st.sampled_from(["a", "ü"])),
+                "deleted": st.sampled_from(["the first", "the first", "the newest"]),
+                "destroyed": st.sampled_from(["the first", "the first", "the newest"]),
+                "absent": st.sampled_from([False, False, True]),
+            },
+        )
+
+    def bring(self, lab: Any, state: State) -> None:
+        """The usual state is the lab's own secret, as it is."""
+        forget(lab, GENERATED)
+        if "data" not in state or state.get("absent"):
+            return
+        held = {"max_versions": state.get("max_versions", 0), "cas_required": state.get("cas_required", False)}
+        ask(lab, "POST", f"secret/metadata/{GENERATED}", {**held, "custom_metadata": state.get("custom", {})})
+        for number in range(state.get("earlier", 0) + 1):
+            body = {"options": {"cas": number}, "data": {**state["siblings"], "n": number, **state["data"]}}
+            assert "errors" not in ask(lab, "POST", f"secret/data/{GENERATED}", body)
+        newest = state.get("earlier", 0) + 1
+        for verb, word in (("delete", "deleted"), ("destroy", "destroyed")):
+            if word in state:
+                versions = [1 if state[word] == "the first" else newest]
+                ask(lab, "POST", f"secret/{verb}/{GENERATED}", {"versions": versions})
+
+    def asked(self, lab: Any, state: State) -> dict[str, Any]:
+        return {**self.params(lab), **({"path": GENERATED} if "data" in state else {}), **state.get("options", {})}
+
+    def refusal(self, lab: Any, state: State) -> str | None:
+        if "data" not in state:
+            return None
+        asked, newest = state["options"], state.get("earlier", 0) + 1
+        gone = state.get("absent") or any(
+            word in state and (state[word] == "the newest" or newest == 1) for word in ("deleted", "destroyed")
+        )
+        if state.get("max_versions") == 1 and not state.get("absent"):
+            return f"max_versions of secret/{GENERATED} is 1"
+        if not asked["fields"]:
+            return "fields is empty"
+        if asked.get("bytes") == 16:
+            return "bytes must be at least 32"
+        lacking = sorted(set(asked["fields"]) if gone else set(asked["fields"]) - set(state["data"]))
+        return f"has no readable {', '.join(lacking)}" if lacking else None
+
+    def effect(self, lab: Any, state: State, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        asked = self.asked(lab, state)
+        path, old, new = f"secret/{asked['path']}", before["vault"], seen["vault"]
+        (claim,) = new["secrets"].keys() - old["secrets"].keys()
+        fields = sorted(set(asked["fields"]))
+        assert re.fullmatch(rf"secret/_pending/INC-[\d-]+/1/{asked['path']}/{','.join(fields)}", claim)
+        values = new["secrets"].pop(claim)["data"]["values"]
+        assert sorted(values) == fields and len(set(values.values())) == len(fields)
+        assert all(len(value) >= 43 for value in values.values())
+        if asked["state"] == "current":
+            one, other = old["secrets"][path], new["secrets"].pop(path)
+            del old["secrets"][path]
+            assert other["data"] == {**one["data"], **values}
+            versions = [int(number) for number in one["metadata"]["versions"]]
+            kept = {
+                number: told for number, told in other["metadata"]["versions"].items() if int(number) <= max(versions)
+            }
+            assert kept == {number: one["metadata"]["versions"][number] for number in kept}
+            assert other["metadata"]["current_version"] == max(versions) + 1
+            moved = ("versions", "current_version", "oldest_version", "updated_time", "last_updated_by")
+            for name in other["metadata"].keys() - {*moved}:
+                assert other["metadata"][name] == one["metadata"][name], name
+        assert new == old
 
     def observe(self, lab: Any) -> dict[str, Any]:
         metadata = ask(lab, "GET", "secret/metadata/app/backend")["data"]
@@ -179,6 +293,8 @@ class Lab(Row):
 class Retired(Lab):
     """The last state: the consumer has the new values, the old ones are proved refused and destroyed."""
 
+    touches = ("vault", "postgresql")  # where the application notes who tried
+
     def params(self, lab: Any) -> dict[str, Any]:
         proof = [
             {"field": "JWT_SECRET", "kind": "jwt", "url": f"{lab.app_direct_url}/api/me", "claims": {"sub": "1"}},
@@ -186,7 +302,74 @@ class Retired(Lab):
         ]
         return {**super().params(lab), "state": "retired", "proof": proof}
 
+    _consumer: Consumer | None = None
+    _state: State = {}
+
+    def states(self) -> st.SearchStrategy[State]:
+        """Those in which the values could be replaced, and with them the consumer's."""
+        fields = st.sampled_from([["JWT_SECRET"], ["WEBHOOK_SECRET"], ["WEBHOOK_SECRET", "JWT_SECRET"]])
+        usable = (
+            super()
+            .states()
+            .filter(lambda state: super(Retired, self).refusal(None, self._first(state, ["JWT_SECRET"])) is None)
+        )
+        return st.builds(self._first, usable, fields)
+
+    @staticmethod
+    def _first(state: State, fields: list[str]) -> State:
+        """The state, with the options of the step before. A word of ours as the old value is hidden from where it is read on."""
+        data = {**state["data"], "JWT_SECRET": "old-jwt"}
+        return {**state, "data": data, "options": {"fields": fields, "state": "current"}}
+
+    def bring(self, lab: Any, state: State) -> None:
+        super().bring(lab, state)
+        self._state = state
+        if self._consumer is None:
+            self._consumer = Consumer().__enter__()
+
+    def asked(self, lab: Any, state: State) -> dict[str, Any]:
+        if "data" not in state:
+            return self.params(lab)
+        assert self._consumer
+        token = {"field": "JWT_SECRET", "kind": "jwt", "url": f"{self._consumer.url}/api/me", "claims": {"sub": "1"}}
+        hook = {"field": "WEBHOOK_SECRET", "kind": "webhook", "url": f"{self._consumer.url}/hooks/payment"}
+        fields = state["options"]["fields"]
+        proof = [one for one in (token, hook) if one["field"] in fields]
+        return {**super().params(lab), "path": GENERATED, "fields": fields, "state": "retired", "proof": proof}
+
+    def refusal(self, lab: Any, state: State) -> str | None:
+        return None
+
+    def effect(self, lab: Any, state: State, before: dict[str, Any], seen: dict[str, Any]) -> None:
+        asked = self.asked(lab, state)
+        path = f"secret/{asked['path']}"
+        claims = [name for name in before["vault"]["secrets"] if name.startswith("secret/_pending/")]
+        changed = [name for name in claims if before["vault"]["secrets"][name] != seen["vault"]["secrets"][name]]
+        (claim,) = changed
+        for dump in (before, seen):
+            dump["postgresql"] = {**dump["postgresql"], "rows": {**dump["postgresql"]["rows"]}, "sequences": []}
+            del dump["postgresql"]["rows"]["public.audit_logs"]
+            entry = dump["vault"]["secrets"].pop(claim)
+            versions = dump["vault"]["secrets"][path]["metadata"]["versions"]
+            if dump is seen:
+                assert entry["data"]["done"] and "values" not in entry["data"]
+                newest = max(int(number) for number in versions)
+                assert {number: told["destroyed"] for number, told in versions.items()} == {
+                    number: int(number) < newest for number in versions
+                }
+            dump["vault"]["secrets"][path]["metadata"] = {
+                name: value
+                for name, value in dump["vault"]["secrets"][path]["metadata"].items()
+                if name not in ("versions", "updated_time", "last_updated_by")
+            }
+        assert seen == before
+
     def begin(self, lab: Any, execute: Any) -> None:
+        if "data" in self._state:
+            assert self._consumer
+            execute(self.host, self.control, {**super().params(lab), "path": GENERATED, **self._state["options"]})
+            self._consumer.values = ask(lab, "GET", f"secret/data/{GENERATED}")["data"]["data"]
+            return
         execute(self.host, self.control, super().params(lab))
         delivered = lab.hostvars("app")["firebreak_secrets_delivered"][0]
         names = ("path", "fields", "env_file", "reload", "proof_url")

@@ -5,8 +5,31 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def walk_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process finds its home, its temporary files and its spool."""
+    for name, folder in {"HOME": "home", "TMPDIR": "tmp", "FIREBREAK_SPOOL": "spool"}.items():
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every playbook on one lab, each run once."""
+    from tests.runs import lab_in
+    from tests.truth.playbooks import tell
+
+    with lab_in(tmp_path_factory.mktemp("story") / "lab") as lab:
+        yield tell(lab)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
