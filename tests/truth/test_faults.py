@@ -258,7 +258,7 @@ class Tries:
         for number, fault in enumerate(service.faults):
             fits = [place for place, request in enumerate(asked, 1) if fault.fits(request)]
             self.of += len(fits)
-            for point in chosen(asked, fits, number) if number % of == turn else []:
+            for point in chosen(asked, fits, number) if fits and (number % of == turn or fault.then == "reset") else []:
                 with self.told(f"{service.name}: {fault.name}, request {point} ({asked[point - 1].name[:80]})"):
                     self.tried += suffers(self.scene, self.undisturbed, service, fault, point, number)
         trial = self.scene.round()
