@@ -146,6 +146,8 @@ class Client:
     def _send(self, method: str, where: str, action: str, body: Any, query: Json, key: str | None) -> Json:
         """One request, one envelope. Its result is an object with ``key``, or without one a list."""
         more = {} if method == "get" else {"body": body}
+        if method != "get":
+            self._context.still_ours()
         wait = max(self._give_up - self._context.clock(), SHORTEST_SECONDS)
         timeout = _httpx.Timeout(min(ANSWER_SECONDS, wait), connect=min(CONNECT_SECONDS, wait))  # type: ignore[union-attr]
         options = {"params": query, "timeout": timeout}

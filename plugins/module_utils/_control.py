@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from ._errors import FirebreakError
 from ._plan import Change, Facts, Plan
 from ._redact import Secrets
 
@@ -38,11 +39,18 @@ class Context:
     sleep: Callable[[float], None] = time.sleep
     deadline: float = 0.0
     tell: Callable[[str], None] = lambda line: None  # a line for the person who waits
+    changing: bool = False
     effects: int = 0
 
     def effective(self) -> None:
         """A client has made a write that surely took effect. A change that fails after it cannot be called "not done"."""
         self.effects += 1
+
+    def still_ours(self) -> None:
+        """Asked by a client before each request of a change. After the deadline another run may have taken over, and a run that
+        was held up (a stopped process, a laptop that slept) sends nothing more. What is on its way then, nobody calls back."""
+        if self.changing and self.clock() >= self.deadline:
+            raise FirebreakError("the deadline of the changes is over, and another run may have taken over")
 
     def secret(self, value: Any) -> Any:
         return self.secrets.add(value)

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import _case, _guards
 from ._case import Case, Entry, Moved, Stream, canonical
-from ._control import Context, Control
+from ._control import Context, Control, Host
 from ._errors import Busy, FirebreakError, MissingLibrary, Refused, StoreUnavailable, Unproven
 from ._evidence import Evidence
 from ._plan import Change, Facts, Plan, at
@@ -166,6 +166,18 @@ class Task:
         self.context.deadline = self.context.clock() + seconds
 
 
+@dataclasses.dataclass
+class HeldHost:
+    """A host that is asked for nothing more when a change's deadline is over."""
+
+    host: Host
+    context: Context
+
+    def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+        self.context.still_ours()
+        return self.host.run(command, stdin)
+
+
 def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     """Guards that need no plan, and the surroundings of the task."""
     params = dict(params)
@@ -188,6 +200,8 @@ def prepare(control: Any, params: dict[str, Any], context: Context) -> Task:
     elif not context.check_mode and not getattr(control, "opens", False):
         _case.open_case(params, context)
     context.evidence = Evidence(task.case, task.host, params)
+    if context.host is not None:
+        context.host = HeldHost(context.host, context)
     return task
 
 
@@ -419,12 +433,16 @@ class Journal:
                 self.lost = True
         return _case.spool(self.stream, kind, body)
 
-    def catch_up(self) -> None:
-        """Somebody else wrote: find the newest entry again."""
+    def taken_over(self) -> bool:
+        """Somebody else wrote: find the newest entry again. True where another run has begun since our own newest one."""
+        ours = self.stream.head.seq if self.stream.head else 0
         try:
             self.stream.load()
+            since = [self.stream.entry(seq) for seq in range(ours + 1, self.stream.newest + 1)]
         except StoreUnavailable:
             self.lost = True
+            return False
+        return any(entry.kind in ("intent", "resumed") and entry.run != self._case.context.run_id for entry in since)
 
     def unconfirmed(self) -> Entry | None:
         """The open intent of this very task, left by a run that died or failed."""
@@ -629,12 +647,15 @@ class Action:
         task, control = self.task, self.task.control
         self.outcomes[number]["outcome"] = "unconfirmed"
         task.context.effects = 0
+        task.context.changing = True
         try:
             control.apply(self.client, task.params, change)
         except Exception as failure:
             if getattr(failure, "effect", "unknown") == "none" and not task.context.effects:
                 self.outcomes[number]["outcome"] = "not done"
             raise
+        finally:
+            task.context.changing = False
         self.outcomes[number]["outcome"] = "applied"
         if control.prove is not None:
             try:
@@ -682,7 +703,7 @@ class Action:
         }
 
     def _outcome(self, journal: Journal, kind: str, body: dict[str, Any]) -> None:
-        """Record what became of it. Losing the race here means that somebody took over: their entries stand."""
+        """Record what became of it. Where somebody took over, their entries stand."""
         if "why" in body:  # an entry that would hold a secret is refused, and this one has to be written
             body = {**body, "why": self.task.context.secrets.censor(body["why"])}
         try:
@@ -690,7 +711,8 @@ class Action:
                 with contextlib.suppress(Moved):
                     journal.write(kind, body)
                     return
-                journal.catch_up()
+                if journal.taken_over():
+                    return
             journal.lost = True
             journal.write(kind, body)
         except StoreUnavailable as failure:  # the spool is lost too: this result alone tells what was done

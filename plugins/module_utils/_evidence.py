@@ -58,6 +58,7 @@ class Evidence:
             copy.seek(0)
             folder = f"{self._case.id}/evidence/{_case.encode_host(self._host)}/{self._round}"
             key = f"{folder}/{sha.hexdigest()[:16]}/{name}"
+            self._case.context.still_ours()
             self._case.store.put_file(key, copy)
         document = {
             **manifest,
@@ -71,6 +72,7 @@ class Evidence:
             "time": _case.stamp(self._case.context.clock()),
             "actor": self._case.context.actor,
         }
+        self._case.context.still_ours()
         if self._case.store.create(f"{folder}/{name}.json", _case.canonical(document)):
             return document
         return self._manifest(f"{self._host}/{self._round}/{name}") or document

@@ -187,11 +187,13 @@ class Client:
     # --- statements
 
     def rows(self, action: str, statement: Any, values: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        self._context.still_ours()
         with self._errors(action, STATEMENT_SECONDS):
             return list(self._connection.execute(statement, values).fetchall())
 
     def run(self, action: str, statement: Any, seconds: float = STATEMENT_SECONDS) -> None:
         """A statement without an answer."""
+        self._context.still_ours()
         with self._errors(action, seconds):
             self._connection.execute(statement)
 

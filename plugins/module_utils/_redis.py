@@ -162,9 +162,8 @@ class Client:
         the next page is already asked for.
         """
         with self._translated("sweep the keys"), self._connections() as new:
-            return self._scan_once(
-                new, match, pick, _Work(new(), condemn), count, time.monotonic() + self._left(seconds)
-            )
+            work = self._work(new, condemn)
+            return self._scan_once(new, match, pick, work, count, time.monotonic() + self._left(seconds))
 
     def sweep_until_none(
         self, match: bytes, pick: Pick, condemn: Condemn, count: int, seconds: float, prefix: bytes
@@ -177,7 +176,7 @@ class Client:
         until = time.monotonic() + self._left(seconds)
         revoked = self.sweep(match, pick, condemn, count, seconds)
         with self._translated("sweep the keys"), self._connections() as new:
-            work = _Work(new(), condemn)
+            work = self._work(new, condemn)
             watch = self._watch(new(), work.writer, prefix)
             for _pass in range(MOST_PASSES):
                 found = self._scan_once(new, match, pick, work, count, until, watch)
@@ -185,6 +184,9 @@ class Client:
                 if not found:
                     return revoked
         raise Unproven("every full scan finds further sessions from before: the application writes them back")
+
+    def _work(self, new: Callable[[], Any], condemn: Condemn | None) -> _Work:
+        return _Work(new(), condemn, self._context.still_ours)
 
     def _scan_once(
         self,
@@ -238,6 +240,7 @@ class Client:
                 self._redis.connection_pool.release(connection)
 
     def _call(self, action: str, *command: Any, effect: str = "unknown") -> Any:
+        self._context.still_ours()
         with self._translated(action, effect), self._connection() as connection:
             return _ask(connection, *command)
 
@@ -289,8 +292,9 @@ class Client:
 class _Work:
     """Unlinks pages, one behind the scan: what is sent for a page is answered when the next one comes."""
 
-    def __init__(self, writer: Any, condemn: Condemn | None) -> None:
+    def __init__(self, writer: Any, condemn: Condemn | None, still_ours: Callable[[], None]) -> None:
         self.writer = writer
+        self._still_ours = still_ours
         self._condemn = condemn
         self.condemned = 0
         self._unlinking = False
@@ -312,6 +316,7 @@ class _Work:
         commands += [("MGET", *read)] if read else []
         self._unlinking, self._reading = bool(doomed), read
         if commands:
+            self._still_ours()
             self.writer.send_packed_command(self.writer.pack_commands(commands))
 
     def _answers(self) -> tuple[int, list[bytes]]:

@@ -185,6 +185,8 @@ class Client:
         attempt = 0
         while True:
             attempt += 1
+            if not again:
+                self._context.still_ours()
             try:
                 answer = self._send(method, where, action, **kwargs)
                 return answer.status_code, _checked(answer, action)
