@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ class Connection:
         self._proxy = proxy
         self._ends = {"up": (client, server), "down": (server, client)}
         self._met: Fault | None = None
+        self._answered = threading.Event()
+        self._patience = 0.0
         self._pumping = len(self._ends)
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -57,7 +60,11 @@ class Connection:
         passed = 0
         try:
             while data := source.recv(65536):
+                if way == "down":
+                    self._answered.set()
                 passed = self._pass(way, data, target, passed)
+            if way == "up" and self._patience:
+                self._answered.wait(self._patience)
             target.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
@@ -69,7 +76,18 @@ class Connection:
     def open(self) -> bool:
         return self._pumping > 0
 
+    def outlive(self, seconds: float) -> None:
+        """The server does not hear that its client is gone before it has answered what is on its way now."""
+        self._answered.clear()
+        self._patience = seconds
+
+    def pass_on(self, way: str, data: bytes) -> None:
+        """Send this now; for a tap that does something afterwards."""
+        self._ends[way][1].sendall(data)
+
     def _pass(self, way: str, data: bytes, target: socket.socket, passed: int) -> int:
+        if self._proxy.tap:
+            data = self._proxy.tap(self, way, data)
         while (fault := self._fault(way)) and fault.kind == "stall":
             if self._proxy.changed.wait(0.05) and self._proxy.closed:
                 raise OSError
@@ -108,10 +126,20 @@ class Connection:
             end.close()
 
 
-class TcpProxy:
-    """Listens on loopback and passes on to ``target``; ``source`` is the address that the server sees."""
+Tap = Callable[[Connection, str, bytes], bytes]
 
-    def __init__(self, target: tuple[str, int], port: int = 0, source: str | None = None) -> None:
+
+class TcpProxy:
+    """Listens on loopback and passes on to ``target``; ``source`` is the address that the server sees.
+
+    ``tap`` sees all that passes: it is asked with the connection, the way and what came, may take its time, and returns what
+    goes on. An ``OSError`` from it ends the connection.
+    """
+
+    def __init__(
+        self, target: tuple[str, int], port: int = 0, source: str | None = None, tap: Tap | None = None
+    ) -> None:
+        self.tap = tap
         self._target = target
         self.source = source
         self._lock = threading.Lock()

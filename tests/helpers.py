@@ -150,7 +150,11 @@ def release(
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file, but for the locks, which hold nothing."""
     paths = (Path(where) / name for where, _folders, names in os.walk(folder) for name in names)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths) if "/locks/" not in str(path)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(paths)
+        if path.is_file() and "/locks/" not in str(path)
+    }
 
 
 def same_incident(structure: Any, incident_id: str) -> Any:
