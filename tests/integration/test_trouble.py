@@ -18,7 +18,7 @@ from lab.client import Lab
 from lab.parts.services import request
 from tests import dumps
 from tests.dumps import CONTAINED, contained
-from tests.runs import Run, entries, extra, finish, glass, incidents, kill, lab_in, run, start
+from tests.runs import Run, entries, extra, finish, glass, incidents, lab_in, run, start
 
 
 @pytest.fixture
@@ -249,46 +249,3 @@ def test_what_only_one_system_can_refuse_keeps_no_other_back(own_lab: Lab) -> No
     assert first < done.output.index("PLAY [Data breach | Fence")
     corrected = run(own_lab, "data_breach")
     assert_all_is_well(own_lab, corrected, done.incident)
-
-
-# --- kill -9
-
-
-@pytest.mark.parametrize("moments", [(1, 8, 15, 22), (4, 11, 18, 25)])
-def test_killed_again_and_again(own_lab: Lab, moments: tuple[int, ...]) -> None:
-    """Each time the same command; at the end nothing is lost, nothing is twice, and all of it can be undone."""
-    before = dumps.everything(own_lab)
-    killed = sum(killed_at(own_lab, moment, "data_breach") for moment in moments)
-    assert killed >= len(moments) - 1
-    (incident,) = incidents(own_lab)
-    assert_all_is_well(own_lab, run(own_lab, "data_breach"), incident)
-    assert dumps.ask_vault(own_lab, "GET", "secret/metadata/app/backend")["data"]["current_version"] == 2
-    words = extra(firebreak_incident_id=incident)
-    proved = run(own_lab, "verify_case", *words)
-    assert proved.code == 0, proved.output
-    assert killed_at(own_lab, host_entries(own_lab) + moments[0], "release", *words)
-    released = run(own_lab, "release", *words)
-    assert released.code == 0, released.output
-    after = dumps.but_for_what_is_final(dumps.everything(own_lab), before)
-    expected = dumps.but_for_what_is_final(before, before)
-    for part in expected:
-        assert after[part] == expected[part], part
-
-
-def host_entries(lab: Lab) -> int:
-    """Entries of the hosts' streams; those of the run's own come with every start."""
-    return sum(1 for path in (lab.dir / "cases").glob("INC-*/journal/*/*.json") if path.parent.name != "_run")
-
-
-def killed_at(lab: Lab, moment: int, playbook: str, *words: str) -> bool:
-    """Kill the run's whole process group once so many entries are there; False where it had ended before."""
-    process, record = start(lab, playbook, *words)
-    end = time.monotonic() + 120
-    while process.poll() is None and host_entries(lab) < moment:
-        assert time.monotonic() < end, (record.parent / "output").read_text()
-        time.sleep(0.003)
-    if process.poll() is not None:
-        assert host_entries(lab) >= moment, (record.parent / "output").read_text()
-        return False
-    kill(process)
-    return True

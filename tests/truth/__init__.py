@@ -14,9 +14,9 @@ import os
 from typing import TypeVar
 
 FULL = os.environ.get("FIREBREAK_TRUTH") == "full"
-Number = TypeVar("Number", int, float)
+Amount = TypeVar("Amount", int, float, list[int])
 
 
-def budget(short: Number, full: Number) -> Number:
+def budget(short: Amount, full: Amount) -> Amount:
     """How many examples, or how many seconds, this form of the harness has."""
     return full if FULL else short

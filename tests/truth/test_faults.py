@@ -32,9 +32,9 @@ from tests.rows import Row
 from tests.runs import Run, extra, lab_in
 from tests.truth import FULL, budget
 from tests.truth.injector import Fault, HttpInjector, Request
+from tests.truth.killing import Round, comparable
 from tests.truth.playbooks import play, run_before
 from tests.truth.services import CONSUMER, ELSEWHERE, FOR_LONG, HOST, Party, Service, services_of
-from tests.truth.test_kill import Round, comparable
 
 ROWS = helpers.every_row()
 POINTS = budget(1, 3)  # requests that each fault meets, one in a run

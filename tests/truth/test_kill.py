@@ -1,257 +1,257 @@
 # Copyright: The firebreak.incident contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""kill -9 around every entry of the journal and around every request inside a control's writes, then the same command again.
+"""kill -9 around every entry of the journal and every change, and on the wire inside every request of a control's writes.
 
-The state must be that of an undisturbed run, the case valid, and a release must still put everything back.
+Then the same command, on this machine or on another: the state must be that of an undisturbed run, the case valid, and no
+secret left behind; or a release at once: everything must be as before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _cloudflare, _postgresql, _redis, _store, _vault
-from ansible_collections.firebreak.incident.plugins.module_utils._case import Case, open_case
-from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
-from ansible_collections.firebreak.incident.plugins.module_utils._verify import verify
 from lab.client import Lab
 from tests import helpers
-from tests.contract.rotation_walk import LocalHost
 from tests.rows import Row
 from tests.truth import budget
+from tests.truth.killing import (
+    ALL,
+    AT_A_POINT,
+    FORKS,
+    HALF_A_REQUEST,
+    HALF_AN_ANSWER,
+    LATE,
+    NO_ANSWER,
+    WAY,
+    Child,
+    Points,
+    Round,
+    Wire,
+    comparable,
+    held_up,
+    on,
+    spread,
+    unordered,
+    walk,
+)
 
-SECONDS = budget(8.0, 60.0)  # for one control
-RELEASE_SECONDS = budget(5.0, 30.0)
-FEWEST = 6
-KILLED = 9
-# The lowest place that a request to each service goes through.
-REQUESTS: dict[Any, list[tuple[Any, str]]] = {
-    _cloudflare: [(_cloudflare.Client, "_send")],
-    _postgresql: [(_postgresql.Client, "rows"), (_postgresql.Client, "run")],
-    _redis: [(_redis, "_ask"), (_redis._Work, "_send")],
-    _vault: [(_vault.Client, "_send"), (LocalHost, "run")],
-}
-ENTRIES = [(_store.FileStore, "create"), (_store.FileStore, "put_file")]
-
-
+# How many points: before the same command, before a release at once; and of a release.
+MOST = budget([6, 2], [ALL] * 2)
+MOST_OF_RELEASE = budget([6], [ALL])
+KILLS = (HALF_A_REQUEST, NO_ANSWER, HALF_AN_ANSWER, LATE)
+# The same of each kind of kill inside a request.
+MOST_REQUESTS = budget([1, 1, 0, 2, 0, 1, 0, 0], [ALL] * 8)
+MOST_REQUESTS_OF_RELEASE = budget([1, 1, 1, 1], [ALL] * 4)
+GO_ON, RELEASE = "the same command", "a release"
 ROWS = helpers.every_row()
-
-
-class Points:
-    """Counts the places where a run can be killed, and dies at one of them."""
-
-    def __init__(self, victim: int) -> None:
-        self.victim = victim
-        self.seen = 0
-        self.writing = False
-
-    def here(self) -> None:
-        self.seen += 1
-        if self.seen == self.victim:
-            os._exit(KILLED)
-
-    def around(self, place: Any, name: str, always: bool) -> None:
-        real = getattr(place, name)
-
-        def wrapped(*args: Any, **more: Any) -> Any:
-            counted = always or self.writing
-            if counted:
-                self.here()
-            answer = real(*args, **more)
-            if counted:
-                self.here()
-            return answer
-
-        setattr(place, name, wrapped)
-
-    def within(self, apply: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(*args: Any) -> None:
-            self.writing = True
-            self.here()
-            apply(*args)
-            self.here()
-            self.writing = False
-
-        return wrapped
-
-
-def run(control: str, work: Callable[[], Any], victim: int = 0) -> int | None:
-    """Work in a child that dies at this point; how many points it came by, or None where it was killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            points = Points(victim)
-            module = helpers.module_of(control)
-            for place, name in ENTRIES:
-                points.around(place, name, always=True)
-            for place, name in REQUESTS[module.CONTROL.service]:
-                points.around(place, name, always=False)
-            module.CONTROL = dataclasses.replace(module.CONTROL, apply=points.within(module.CONTROL.apply))
-            work()
-            os.write(writing, str(points.seen).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        seen = answer.read()
-    _pid, status = os.waitpid(child, 0)
-    killed = os.waitstatus_to_exitcode(status) == KILLED
-    assert killed != bool(seen)
-    return None if killed else int(seen)
-
-
-class Round:
-    """One incident of its own, from the state before to the release."""
-
-    def __init__(self, lab: Lab, row: Row) -> None:
-        self.lab = lab
-        self.name = row.control
-        self.row = row
-        self.row.prepare(lab)
-        self.store = helpers.store_of(lab)
-        self.incident = helpers.open_incident(lab, self.store, self.row.host)
-        around = helpers.surroundings(lab, self.store, self.row.host, self.incident)
-        self.params = {**self.row.params(lab), **around, "host": self.row.host}
-        helpers.begin(lab, self.row, self.store, self.incident)
-        self.before = self.look()
-
-    def look(self) -> dict[str, Any]:
-        return self.row.observe(self.lab)
-
-    @property
-    def control(self) -> Control:
-        control: Control = helpers.module_of(self.name).CONTROL
-        return control
-
-    def again(self) -> dict[str, Any]:
-        return helpers.execute(self.control, self.params, host=LocalHost())
-
-    def release(self) -> dict[str, Any]:
-        return helpers.release(self.lab, self.store, self.name, self.params, self.incident)
-
-    def case(self) -> Case:
-        return open_case(self.params, Context(run_id="reader"))
-
-    def ends_as_undisturbed(self) -> dict[str, Any]:
-        """The same command once more, and all that has to hold then."""
-        result = self.again()
-        assert not result.get("failed"), result["msg"]
-        seen = self.look()
-        self.row.contained(self.lab, self.before, seen)
-        last = self.again()
-        assert (last["changed"], last["outcome"]) == (False, "ok"), last
-        assert self.look() == seen
-        stream = self.case().stream(self.row.host, self.control.evidence)
-        stream.load()
-        assert stream.live and all(item["state"] != "open" for item in stream.live)
-        assert verify(self.case())["valid"], verify(self.case())["first_bad"]
-        return seen
-
-    def releases(self, seen: dict[str, Any]) -> None:
-        released = self.release()
-        assert not released.get("failed"), released["msg"]
-        assert self.look() == (self.before if self.row.reversible else seen)
-
-    def is_released(self) -> None:
-        """A release once more, and all that has to hold then."""
-        self.releases({})
-        last = self.release()
-        assert not last.get("failed") and not last["changed"], last
-        assert self.look() == self.before
-        stream = self.case().stream(self.row.host)
-        stream.load()
-        assert stream.live == []
-        assert verify(self.case())["valid"], verify(self.case())["first_bad"]
-
-
-def spread(points: int) -> list[int]:
-    """All points in an order whose every beginning is spread over the whole: as many as there is time for are tried."""
-    width = points.bit_length()
-    return sorted(range(1, points + 1), key=lambda point: f"{point:0{width}b}"[::-1])
-
-
-def comparable(seen: Any, incident_id: str) -> str:
-    """What is seen, without the ids and times that a server makes up."""
-    text = json.dumps(helpers.same_incident(seen, incident_id), sort_keys=True)
-    return re.sub(r"\b[0-9a-f]{32}\b|\d{4}-\d\d-\d\dT[0-9:.]+Z", "*", text)
+REVERSIBLE = [row for row in ROWS if row.reversible]
+Tell = Callable[[str, object], None]
+pytestmark = pytest.mark.filterwarnings(FORKS)
 
 
 def test_points_are_spread() -> None:
     assert spread(6) == [4, 2, 6, 1, 5, 3]
 
 
-class Attempts:
-    """As many points as there is time for; whatever fails says where, and leaves the servers as they were."""
+@pytest.fixture
+def wire(tmp_path: Path) -> Iterator[Wire]:
+    between = Wire(tmp_path)
+    yield between
+    between.close()
 
-    def __init__(self, points: int | None, seconds: float) -> None:
-        assert points and points >= FEWEST  # an entry before and one after, and a change
-        self.points = points
-        self.give_up = time.monotonic() + seconds
-        self.killed = 0
 
-    def each(self, attempt: Callable[[int], int | None]) -> None:
-        for number, point in enumerate(spread(self.points)):
-            if number >= FEWEST and time.monotonic() > self.give_up:
-                break
-            try:
-                # A run that waits less often than the first one may be over before this point.
-                self.killed += attempt(point) is None
-            except AssertionError as failure:
-                raise AssertionError(f"killed at point {point} of {self.points}: {failure}") from failure
-        assert self.killed >= FEWEST - 1
+# --- what has to hold after a kill
 
-    def tell(self, record_property: Callable[[str, object], None]) -> None:
-        record_property("tried", self.killed)
-        record_property("of", self.points)
+
+class Undisturbed:
+    """What a run leaves that nobody disturbs."""
+
+    def __init__(self, one: Round) -> None:
+        self.seen = one.ends_as_undisturbed()
+        self.text = comparable(self.seen, one.incident)
+        one.releases(self.seen)
+
+
+def goes_on(one: Round, undisturbed: Undisturbed, number: int) -> None:
+    """The same command, every other time on another machine."""
+    try:
+        with on(one.machine("first" if number % 2 else "second")):
+            seen = one.ends_as_undisturbed()
+        if not one.final:
+            assert comparable(seen, one.incident) == undisturbed.text
+    finally:
+        released = one.release()
+    assert not released.get("failed"), released["msg"]
+    assert one.look() == (seen if one.final else one.before)
+
+
+def is_put_back(one: Round) -> None:
+    """A release, without running the command again. What cannot be undone stays as the kill left it."""
+    left = one.look()
+    released = one.release()
+    assert not released.get("failed"), released["msg"]
+    if not one.final:
+        assert one.look() == one.before
+        one.is_whole()
+        return
+    assert not released["changed"] and one.look() == left
+    one.ends_as_undisturbed()
+
+
+# --- at every entry, every change, every command of a host
 
 
 @pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
-def test_killed_then_run_again(lab: Lab, row: Row, record_property: Callable[[str, object], None]) -> None:
+def test_killed_then_run_again(lab: Lab, row: Row, record_property: Tell) -> None:
     first = Round(lab, row)
-    points = run(row.control, first.again)
-    undisturbed = first.ends_as_undisturbed()
-    first.releases(undisturbed)
+    points = Child(first.name, first.again, Points(), first.machine("first")).ends()
+    undisturbed = Undisturbed(first)
 
-    def attempt(point: int) -> int | None:
+    def attempt(moment: tuple[int, str]) -> bool:
+        point, then = moment
         one = Round(lab, row)
-        try:
-            came_by = run(row.control, one.again, point)
-            seen = one.ends_as_undisturbed()
-            if one.row.reversible:
-                assert comparable(seen, one.incident) == comparable(undisturbed, first.incident)
-        finally:
-            released = one.release()
-        assert not released.get("failed"), released["msg"]
-        assert one.look() == (one.before if one.row.reversible else seen)
-        return came_by
+        killed = Child(one.name, one.again, Points(point), one.machine("first")).ends() is None
+        if then == RELEASE:
+            is_put_back(one)
+        else:
+            goes_on(one, undisturbed, point)
+        return killed
 
-    attempts = Attempts(points, SECONDS)
-    attempts.each(attempt)
-    attempts.tell(record_property)
+    walk(
+        [[(point, then) for point in range(1, (points or 0) + 1)] for then in (GO_ON, RELEASE)],
+        MOST,
+        attempt,
+        record_property,
+    )
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.reversible], ids=helpers.name_of)
-def test_release_killed_then_run_again(lab: Lab, row: Row, record_property: Callable[[str, object], None]) -> None:
+@pytest.mark.parametrize("row", REVERSIBLE, ids=helpers.name_of)
+def test_release_killed_then_run_again(lab: Lab, row: Row, record_property: Tell) -> None:
     first = Round(lab, row)
     first.again()
-    points = run(row.control, first.release)
+    points = Child(first.name, first.release, Points(), first.machine("first")).ends()
     first.is_released()
 
-    def attempt(point: int) -> int | None:
+    def attempt(point: int) -> bool:
         one = Round(lab, row)
         assert one.again()["changed"]
-        came_by = run(row.control, one.release, point)
+        killed = Child(one.name, one.release, Points(point), one.machine("first")).ends() is None
         one.is_released()
-        return came_by
+        return killed
 
-    attempts = Attempts(points, RELEASE_SECONDS)
-    attempts.each(attempt)
-    attempts.tell(record_property)
+    walk([list(range(1, (points or 0) + 1))], MOST_OF_RELEASE, attempt, record_property)
+
+
+# --- inside every request
+
+
+def undisturbed_moments(one: Round, wire: Wire, work: Callable[[], Any]) -> list[list[tuple[str, int]]]:
+    """A run that nobody disturbs; each of its requests and answers, by what can happen to them."""
+    wire.arm()
+    strike(one, wire, work)
+    return [[(what, number) for number in range(1, wire.seen(WAY[what]) + 1)] for what in KILLS]
+
+
+def strike(one: Round, wire: Wire, work: Callable[[], Any]) -> bool:
+    child = Child(one.name, work, Points(), one.machine("first"), wire.writing)
+    wire.victim = child.pid
+    return child.ends() is None
+
+
+@pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
+def test_killed_inside_a_request(lab: Lab, row: Row, wire: Wire, record_property: Tell) -> None:
+    first = Round(lab, row, wire)
+    moments = undisturbed_moments(first, wire, first.again)
+    undisturbed = Undisturbed(first)
+
+    def attempt(moment: tuple[tuple[str, int], str]) -> bool:
+        (what, number), then = moment
+        wire.arm()
+        one = Round(lab, row, wire)
+        wire.arm((what, number))
+        killed = strike(one, wire, one.again)
+        if killed and what == LATE:
+            comes_late(one, wire)
+        if then == RELEASE:
+            is_put_back(one)
+        else:
+            goes_on(one, undisturbed, number)
+        return killed
+
+    kinds = [[(moment, then) for moment in kind] for then in (GO_ON, RELEASE) for kind in moments]
+    walk(kinds, MOST_REQUESTS, attempt, record_property)
+
+
+def comes_late(one: Round, wire: Wire) -> None:
+    """Another machine has done everything when the dead run's request comes to its service: it changes nothing."""
+    with on(one.machine("second")):
+        done = one.again()
+    assert not done.get("failed"), done["msg"]
+    seen = one.look()
+    wire.comes_late()
+    assert unordered(one.look()) == unordered(seen)
+    one.stays(one.look())
+
+
+@pytest.mark.parametrize("row", REVERSIBLE, ids=helpers.name_of)
+def test_release_killed_inside_a_request(lab: Lab, row: Row, wire: Wire, record_property: Tell) -> None:
+    first = Round(lab, row, wire)
+    first.again()
+    moments = undisturbed_moments(first, wire, first.release)
+    first.is_released()
+
+    def attempt(moment: tuple[str, int]) -> bool:
+        wire.arm()
+        one = Round(lab, row, wire)
+        assert one.again()["changed"]
+        wire.arm(moment)
+        killed = strike(one, wire, one.release)
+        if killed and moment[0] == LATE:
+            one.releases({})
+            wire.comes_late()
+        one.is_released()
+        return killed
+
+    walk(moments, MOST_REQUESTS_OF_RELEASE, attempt, record_property)
+
+
+# --- a run that is alive
+
+
+class Ahead:
+    """A clock that only waiting moves."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def clock(self) -> float:
+        return time.time() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+@pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
+def test_on_a_disk_nobody_takes_over_from_a_run_that_is_alive(lab: Lab, row: Row, wire: Wire) -> None:
+    first = Round(lab, row, wire)
+    points = Child(first.name, first.again, Points(), first.machine("first"), wire.writing).ends()
+    first.releases(first.look())
+    one = Round(lab, row, wire)
+    orphan = held_up(one, wire, (AT_A_POINT, (points or 0) // 2))
+    assert orphan is not None
+    try:
+        ahead = Ahead()
+        one.more = {"clock": ahead.clock, "sleep": ahead.sleep}
+        refused = one.again()
+        assert refused.get("failed") and "another run" in refused["msg"] and not refused["changed"], refused
+        assert 30 < ahead.slept < 200
+    finally:
+        one.more = {}
+        orphan.goes_on()
+        orphan.ends()
+    one.releases(one.ends_as_undisturbed())

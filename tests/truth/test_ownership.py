@@ -26,7 +26,8 @@ from tests.contract.rotation_walk import LocalHost
 from tests.foreign import EnvFile, Foreign
 from tests.rows import Row
 from tests.truth import budget
-from tests.truth.test_kill import REQUESTS, Round, spread
+from tests.truth.killing import Round, spread
+from tests.truth.lowest import REQUESTS
 
 ROWS = helpers.every_row()
 SECONDS = budget(2.0, 16.0)  # for one control, held between its requests
