@@ -341,7 +341,7 @@ class Round:
         return helpers.execute(self.control, self.params, host=self.host, **self.more)
 
     def release(self) -> dict[str, Any]:
-        return helpers.execute(helpers.module_of("control_release").CONTROL, self._undo(), **self.more)
+        return helpers.execute(helpers.module_of("control_release").CONTROL, self._undo(), host=self.host, **self.more)
 
     def _undo(self) -> dict[str, Any]:
         around = {**helpers.surroundings(self.lab, "", self.row.host, self.incident), **self.store}

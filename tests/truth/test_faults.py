@@ -88,14 +88,7 @@ class Scene:
 class Trial(Round):
     """One incident, whose control is carried out through what stands between."""
 
-    host: Any = None
     entries: int | None = None  # in its stream so far
-
-    def again(self) -> dict[str, Any]:
-        return helpers.execute(self.control, self.params, host=self.host)
-
-    def release(self) -> dict[str, Any]:
-        return helpers.release(self.lab, self.store, self.name, self.params, self.incident, host=self.host)
 
     def disturbed(self, seconds: float, params: dict[str, Any] | None = None) -> dict[str, Any]:
         """A run that has so long for its changes; how long it may take follows from that."""
