@@ -216,7 +216,8 @@ class FileStore:
         case = IN_A_CASE.match(key)
         if case and not any((self.folder / name).is_dir() for name in (case[0], CLAIMS)):
             raise StoreUnavailable(
-                f"case_store: {self.folder} holds no case; mount the file system, or check firebreak_case_store"
+                f"case_store: {self.folder} holds no case at all, nor {case[0]}; mount the file system, "
+                "or check firebreak_case_store and firebreak_incident_id"
             )
 
     @contextlib.contextmanager
