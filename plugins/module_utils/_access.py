@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _cloudflare, _postgresql, _redis, _vault
-from ._control import Context
+from ._control import Context, Host
 from ._errors import FirebreakError
 
 SECONDS = 2.0
@@ -71,8 +71,9 @@ class Client:
             name: lambda service=service: self._ask(service)  # type: ignore[misc]
             for name, service in _had(self._params).items()
         }
-        if getattr(self._context.host, "remote", False):
-            questions["ssh"] = self._ssh
+        host = self._context.host
+        if host is not None and host.remote:
+            questions["ssh"] = lambda: self._ssh(host)
         answers = {name: _Answer(question) for name, question in questions.items()}
         give_up = self._context.clock() + SECONDS
         found: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -95,10 +96,9 @@ class Client:
         finally:
             client.close()
 
-    def _ssh(self) -> dict[str, list[str]]:
+    def _ssh(self, host: Host) -> dict[str, list[str]]:
         """sshd tells its children where the client is."""
-        host = self._context.host
-        status, output, _errors = host.run('echo "${SSH_CONNECTION:-}"') if host is not None else (1, b"", b"")
+        status, output, _errors = host.run('echo "${SSH_CONNECTION:-}"')
         first = output.decode("ascii", "replace").split()[:1] if status == 0 else []
         return {"addresses": [each for each in first if _is_address(each)]}
 

@@ -19,6 +19,10 @@ from ._redact import Secrets
 class Host(Protocol):
     """A system under protection, reached over Ansible's own connection."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether it is another machine than this one."""
+
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         """Run a shell command there; returns exit status, output and error output."""
 

@@ -173,6 +173,10 @@ class HeldHost:
     host: Host
     context: Context
 
+    @property
+    def remote(self) -> bool:
+        return self.host.remote
+
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         self.context.still_ours()
         return self.host.run(command, stdin)

@@ -156,6 +156,8 @@ class Consumer(_Served):
 class LocalHost:
     """A host whose connection is a shell beside us. ``shown`` is what Ansible shows of it at -vvv."""
 
+    remote = False
+
     def __init__(self) -> None:
         self.shown: list[str] = []
         self.bytes_that_arrive = -1

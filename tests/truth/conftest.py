@@ -34,6 +34,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     # It imports the collection, which is not there yet when this file is read.
+    from tests.truth import FULL
     from tests.truth.table import BEGIN, END, count, lines, rows
 
     cells = count(report for name in ("passed", "failed", "error") for report in terminalreporter.stats.get(name, []))
@@ -47,4 +48,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     if readme and exitstatus == 0:
         text = Path(readme).read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        Path(readme).write_text("\n".join([before + BEGIN, *shown, END]) + after)
+        form = "whole" if FULL else "short"
+        Path(readme).write_text("\n".join([before + BEGIN, "", f"The {form} form tried:", "", *shown, "", END]) + after)

@@ -107,11 +107,17 @@ MUTANTS = [
         ("tests/truth/test_guards.py::test_what_is_blocked_covers_nobody_protected[cloudflare_ip_list]",),
     ),
     Mutant(
-        "swallow a timeout",
+        "call an unclear answer a clear no",
         CLOUDFLARE,
-        '            raise CloudflareError(msg, 0, (), "none" if never else "unknown") from None\n',
-        '            if not never:\n                return {"result": {key: {}} if key else []}\n'
-        '            raise CloudflareError(msg, 0, (), "none") from None\n',
+        'raise CloudflareError(msg, 0, (), "none" if never else "unknown") from None',
+        'raise CloudflareError(msg, 0, (), "none") from None',
+        ("tests/truth/test_faults.py::test_a_service_goes_wrong[cloudflare_waf_rule]",),
+    ),
+    Mutant(
+        "swallow a timeout",
+        ENGINE,
+        "            raise\n        finally:\n            task.context.changing = False\n",
+        "        finally:\n            task.context.changing = False\n",
         ("tests/truth/test_faults.py::test_a_service_goes_wrong[cloudflare_waf_rule]",),
     ),
     Mutant(
@@ -163,7 +169,7 @@ MUTANTS = [
         "write in a dry run",
         ENGINE,
         "        if context.check_mode:\n            halted",
-        "        if context.check_mode and not control.dry_run:\n            halted",
+        "        if context.check_mode and control.dry_run:\n            halted",
         ("tests/truth/test_dry_run.py::test_a_dry_run_tells_what_the_real_run_does[postgresql_login_lock]",),
     ),
     Mutant(
@@ -181,11 +187,18 @@ MUTANTS = [
         ("tests/truth/test_journal.py::test_a_flipped_bit_is_named",),
     ),
     Mutant(
-        "two may write the same entry",
+        "two may write the same entry of a folder",
         STORE,
         "                except FileExistsError:\n                    return target.read_bytes() == data\n",
         "                except FileExistsError:\n                    return True\n",
-        ("tests/truth/test_once.py::test_of_many_runs_one_does_it[open-file]",),
+        ("tests/unit/test_engine.py::test_twenty_at_once_open_one_incident",),
+    ),
+    Mutant(
+        "two may write the same entry in S3",
+        STORE,
+        "        return self._put_new(key, lambda: data) or self.get(key) == data\n",
+        "        return self._put_new(key, lambda: data) or True\n",
+        ("tests/truth/test_once.py::test_one_of_many_mutates[postgresql_login_lock-s3]",),
     ),
     Mutant(
         "show a task's options to callbacks",

@@ -100,7 +100,8 @@ def lines(table: list[list[str]]) -> list[str]:
 def main() -> int:
     began = time.monotonic()
     environment = {**os.environ, "FIREBREAK_TRUTH": "full", "FIREBREAK_README": str(ROOT / "README.md")}
-    command = [sys.executable, "-m", "pytest", "tests/truth", "-v", *sys.argv[1:]]
+    # Each file has a lab of its own, and mostly waits for it: two at once.
+    command = [sys.executable, "-m", "pytest", "tests/truth", "-v", "-n", "2", "--dist", "loadfile", *sys.argv[1:]]
     try:
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=MINUTES * 60).returncode
     except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -201,7 +202,12 @@ def test_what_is_protected_is_refused_and_named_and_the_others_go_on(story: Stor
     assert all(dry[name] == real[name] for name in ("postgresql_login_lock", "redis_session_revocation"))
     seen = {one["host"]: one for result in story.runs["mistaken"].of("own_access_info") for one in [result["seen"]]}
     assert seen["pg1"] == {"host": "pg1", "addresses": [SEEN], "roles": ["firebreak"], "tokens": []}
-    assert all(seen[host]["addresses"] == ["127.0.0.1"] for host in ("cache1", "app")) and seen["cf"]["tokens"]
+    for host in ("cache1", "app"):  # on a busy machine an answer may be too late, and is told to be missing then
+        late = re.search(
+            rf"{host} does not say how it sees.*?no\s+answer\s+in\s+time", story.runs["mistaken"].output, re.DOTALL
+        )
+        assert seen[host]["addresses"] == ["127.0.0.1"] or late, story.runs["mistaken"].output[:9000]
+    assert seen["cf"]["tokens"]
     accessor = dumps.ask_vault(story.lab, "GET", "auth/token/lookup-self")["data"]["accessor"]
     assert seen["vault"]["tokens"] == [accessor]
     assert story.runs["mistaken"].code != 0
