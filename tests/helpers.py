@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _engine
+from ansible_collections.firebreak.incident.plugins.module_utils import _engine, _task
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control
 from ansible_collections.firebreak.incident.plugins.modules import control_release, incident
 from lab import ROOT
@@ -86,7 +86,7 @@ def surroundings(lab: Any, store: str, host: str, incident_id: str | None = None
 
 def complete(control: Any, params: dict[str, Any]) -> dict[str, Any]:
     """The options as a front end hands them over: valid, with every default."""
-    spec = _engine.spec_of(control)
+    spec = _task.spec_of(control)
     options = spec.pop("argument_spec")
     spec.pop("supports_check_mode")
     checked = ModuleArgumentSpecValidator(options, **spec).validate(params)
@@ -98,7 +98,7 @@ def complete(control: Any, params: dict[str, Any]) -> dict[str, Any]:
 def context_for(control: Any, params: dict[str, Any], **more: Any) -> Context:
     """A context that knows the secrets of the options, as a front end prepares it."""
     context = Context(run_id=f"run{os.getpid()}-{next(COUNTER)}", actor="tester", **more)
-    for name, option in _engine.spec_of(control)["argument_spec"].items():
+    for name, option in _task.spec_of(control)["argument_spec"].items():
         if option.get("no_log") and params.get(name):
             context.secret(params[name])
     return context

@@ -16,8 +16,9 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._control import Context
-from ._engine import execute, shown_options, spec_of, told
+from ._engine import execute
 from ._redact import Secrets, quiet, texts_of
+from ._task import shown_options, spec_of, told
 
 IN_ITS_ACTION_ONLY = "{} reaches the host over Ansible's connection: it runs in its action only, not with async"
 

@@ -63,3 +63,36 @@ def at(facts: Any, path: tuple[str, ...]) -> Any:
             return None
         facts = facts[key]
     return facts
+
+
+def recorded(plan: Plan, change: Change) -> dict[str, Any]:
+    """A change as it stands in the journal: with what was there before, and how to put it back."""
+    return {
+        "action": change.action,
+        "target": change.target,
+        "path": list(change.path),
+        "before": at(plan.before, change.path),
+        "after": at(plan.after, change.path),
+        "undo": change.undo,
+        "irreversible": change.irreversible,
+        "bulk": change.bulk,
+        "data": change.data,
+    }
+
+
+def differing(before: Any, after: Any) -> tuple[Any, Any]:
+    """Only what differs: at night five lines are read, not a document."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return before, after
+    left: Facts = {}
+    right: Facts = {}
+    for key in sorted({*before, *after}):
+        one, other = before.get(key), after.get(key)
+        if one == other:
+            continue
+        one, other = differing(one, other)
+        if key in before:
+            left[key] = one
+        if key in after:
+            right[key] = other
+    return left, right

@@ -12,12 +12,14 @@ from typing import Any
 
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
-from . import _engine
+from ._action import Action, result_of
 from ._case import Case, Entry, canonical
 from ._control import Context, Control
+from ._decision import decide, guard
 from ._errors import FirebreakError, Refused
 from ._incident import state_of
 from ._plan import at
+from ._task import COMMON, Task, case_options, client_of, not_begun, prepare, spec_of, told
 from ._verify import turn_of
 
 MODULES = "ansible_collections.firebreak.incident.plugins.modules"
@@ -63,7 +65,7 @@ class Report:
         self.after[control] = result["diff"]["after"]
 
     def failed(self, line: dict[str, Any], failure: Exception) -> None:
-        self.failures.append({**line, "why": _engine.told(failure)})
+        self.failures.append({**line, "why": told(failure)})
         self.half_done |= isinstance(failure, FirebreakError) and bool(failure.facts.get("changed"))
 
     def result(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class Undo:
         # One context for the whole of it: the client has to know the deadline of the changes.
         context = dataclasses.replace(self.context)
         task = self._task(control, group[0]["undo"], context)
-        with _engine.not_begun(task), _engine.client_of(task) as client:
+        with not_begun(task), client_of(task) as client:
             back = self.report.back.setdefault(self.intent.body["what"], [])
             facts = control.read(client, task.params)
             for diff in back:
@@ -149,12 +151,12 @@ class Undo:
             self._exact(control.plan(task.params, facts).after, group, needed)
             if self.context.check_mode:
                 task.params["assumed"] = facts if back else {}
-                plan = _engine.decide(task, client)
-                _engine.guard(task, plan, None)
-                result = _engine.result_of(task, plan, "planned")
+                plan = decide(task, client)
+                guard(task, plan)
+                result = result_of(task, plan, "planned")
                 back.append(result["diff"])
             else:
-                result = _engine.Action(task, client, releases={"seq": self.intent.seq}).run()
+                result = Action(task, client, releases={"seq": self.intent.seq}).run()
             self.report.took(self.name, result)
         return not conflicts or bool(self.params["force"])
 
@@ -175,12 +177,12 @@ class Undo:
     def _line(self, change: dict[str, Any]) -> dict[str, Any]:
         return {"host": self._host, "control": self.name, "action": change["action"], "target": change["target"]}
 
-    def _task(self, control: Control, undo: dict[str, Any], context: Context) -> _engine.Task:
+    def _task(self, control: Control, undo: dict[str, Any], context: Context) -> Task:
         """The control with the arguments of its undo; where and as whom to connect comes from the host's variables."""
-        spec = _engine.spec_of(control)
+        spec = spec_of(control)
         options = spec.pop("argument_spec")
         spec.pop("supports_check_mode")
-        shared = {*_engine.COMMON, *_engine.case_options(), *control.service.SPEC}
+        shared = {*COMMON, *case_options(), *control.service.SPEC}
         given = {name: value for name, value in self.params.items() if name in shared and value is not None}
         given |= {"round": self.intent.doc["round"], "unattended": False, "two_person": False, **undo}
         checked = ModuleArgumentSpecValidator(options, **spec).validate(given)
@@ -188,7 +190,7 @@ class Undo:
             raise FirebreakError(
                 "the recorded undo does not fit this version's options; release it by hand", effect="none"
             )
-        return _engine.prepare(control, checked.validated_parameters, context)
+        return prepare(control, checked.validated_parameters, context)
 
 
 def _grouped(changes: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

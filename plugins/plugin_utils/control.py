@@ -28,11 +28,7 @@ from ansible.utils.display import Display
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _case
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import (
-    execute,
-    shown_options,
-    spec_of,
-)
+from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.module_utils._module import (
     IN_ITS_ACTION_ONLY,
@@ -42,6 +38,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils._module import 
     without_values,
 )
 from ansible_collections.firebreak.incident.plugins.module_utils._redact import Secrets, texts_of
+from ansible_collections.firebreak.incident.plugins.module_utils._task import shown_options, spec_of
 
 RUN_ID = secrets.token_hex(6)
 PARENT = os.getpid()

@@ -16,7 +16,8 @@ import pytest
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute, spec_of
+from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute
+from ansible_collections.firebreak.incident.plugins.module_utils._task import spec_of
 from ansible_collections.firebreak.incident.plugins.modules.health_gate import CONTROL
 
 CANARY = "canary-password-9"

@@ -22,6 +22,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import (
     _engine,
     _postgresql,
     _release,
+    _task,
 )
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
@@ -45,7 +46,7 @@ ROLES = ("probe_writer", "probe_bystander")
 def params(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An open incident in a store of the test's own."""
     monkeypatch.setenv("FIREBREAK_SPOOL", str(tmp_path / "spool"))
-    common = {name: option.get("default") for name, option in _engine.COMMON.items()}
+    common = {name: option.get("default") for name, option in _task.COMMON.items()}
     shared = {**common, "case_store": f"file://{tmp_path}/cases", "site": "lab", "owner": "lab", "host": "pg1"}
     options = {name: option.get("default") for name, option in incident.SPEC["argument_spec"].items()}
     opening = {**shared, **options, "type": "data_breach", "affected": ["pg1"]}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _engine
+from ansible_collections.firebreak.incident.plugins.module_utils import _task
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.modules import secret_delivery, vault_kv_rotation
 from tests.contract.rotation_walk import LocalHost, carry_out, predict
@@ -16,7 +16,7 @@ from tests.controls import vault_kv_rotation as rotation_row
 
 def complete(control: Any, params: dict[str, Any], incident: str) -> dict[str, Any]:
     """The options as a front end hands them over."""
-    options = _engine.spec_of(control)["argument_spec"]
+    options = _task.spec_of(control)["argument_spec"]
     given = {name: option.get("default") for name, option in options.items()}
     return {**given, **params, "incident_id": incident, "mark": f"{incident}/1"}
 

@@ -18,7 +18,11 @@ class Mutant:
     by: tuple[str, ...]
 
 
+ACTION = "plugins/module_utils/_action.py"
+DECISION = "plugins/module_utils/_decision.py"
 ENGINE = "plugins/module_utils/_engine.py"
+PLAN = "plugins/module_utils/_plan.py"
+TASK = "plugins/module_utils/_task.py"
 CASE = "plugins/module_utils/_case.py"
 STORE = "plugins/module_utils/_store.py"
 RELEASE = "plugins/module_utils/_release.py"
@@ -29,14 +33,14 @@ REDACT = "plugins/module_utils/_redact.py"
 MUTANTS = [
     Mutant(
         "skip the verify",
-        ENGINE,
+        ACTION,
         "            outcome = self._verify(plan)\n",
         '            outcome = "verified"\n',
         ("tests/unit/test_engine.py::test_what_is_lost_in_a_write_is_noticed",),
     ),
     Mutant(
         "journal after the write",
-        ENGINE,
+        ACTION,
         "                of = self._intent(journal, plan, overridden)\n                break\n",
         "                for change in plan.changes:\n"
         "                    self.task.control.apply(self.client, self.task.params, change)\n"
@@ -45,7 +49,7 @@ MUTANTS = [
     ),
     Mutant(
         "undo from the after-image",
-        ENGINE,
+        PLAN,
         '        "before": at(plan.before, change.path),\n',
         '        "before": at(plan.after, change.path),\n',
         ("tests/truth/test_kill.py::test_release_killed_then_run_again[postgresql_login_lock]",),
@@ -73,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "drop a guard: what is protected",
-        ENGINE,
+        DECISION,
         "    _guards.protected(plan, ",
         "    (plan, ",
         ("tests/truth/test_guards.py::test_each_guard_refuses_and_yields_only_to_a_record[postgresql_login_lock]",),
@@ -87,14 +91,14 @@ MUTANTS = [
     ),
     Mutant(
         "drop a guard: who approves is somebody else",
-        ENGINE,
+        DECISION,
         ' and entry.doc["actor"] != task.context.actor',
         "",
         ("tests/truth/test_guards.py::test_each_guard_refuses_and_yields_only_to_a_record[secret_delivery]",),
     ),
     Mutant(
         "let the environment into the lab",
-        ENGINE,
+        TASK,
         "        context.env = {}\n",
         "        pass\n",
         ("tests/truth/test_guards.py::test_each_guard_refuses_and_yields_only_to_a_record[postgresql_write_fence]",),
@@ -115,7 +119,7 @@ MUTANTS = [
     ),
     Mutant(
         "swallow a timeout",
-        ENGINE,
+        ACTION,
         "            raise\n        finally:\n            task.context.changing = False\n",
         "        finally:\n            task.context.changing = False\n",
         ("tests/truth/test_faults.py::test_a_service_goes_wrong[cloudflare_waf_rule]",),

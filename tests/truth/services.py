@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ansible_collections.firebreak.incident.plugins.module_utils import _cloudflare, _postgresql, _redis, _vault
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import spec_of
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
+from ansible_collections.firebreak.incident.plugins.module_utils._task import spec_of
 from tests import dumps, helpers
 from tests.contract.rotation_walk import LocalHost
 from tests.truth.injector import (

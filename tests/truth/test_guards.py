@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _engine, _guards
+from ansible_collections.firebreak.incident.plugins.module_utils import _decision, _engine, _guards, _task
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import Refused
 from ansible_collections.firebreak.incident.plugins.modules import cloudflare_waf_rule, incident_event
@@ -119,9 +119,9 @@ def decided(row: Row, blocks: list[str], countries: list[str], kept: dict[str, l
     params, facts = row.blocking(blocks, countries) or ({}, {})
     params = {**params, "protected": kept}
     broken = dict.fromkeys(("wide_block", "every_visitor"), "a test") if wide else {}
-    task = _engine.Task(control, params, Context(), broken)
+    task = _task.Task(control, params, Context(), broken)
     try:
-        _engine.guard(task, control.plan(params, facts), None)
+        _decision.guard(task, control.plan(params, facts))
     except Refused as refusal:
         return refusal.guard
     return None
@@ -384,7 +384,7 @@ def approve(one: Trial, who: str) -> None:
 def test_an_unattended_run_changes_25_things_an_hour(lab: Lab) -> None:
     row = helpers.row_of("postgresql_login_lock")
     one = Trial(lab, row)
-    for number in range(_engine.UNATTENDED_AN_HOUR):
+    for number in range(_decision.UNATTENDED_AN_HOUR):
         state = ("enabled", "disabled")[number % 2]
         result = one.run(state=state, unattended=True)
         assert result.get("changed"), result

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _case, _engine, _incident, _store
+from ansible_collections.firebreak.incident.plugins.module_utils import _action, _case, _incident, _store
 from ansible_collections.firebreak.incident.plugins.module_utils._case import Case, canonical, digest_of, open_case
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import StoreUnavailable
@@ -161,7 +161,7 @@ def test_an_export_whose_run_was_killed_is_covered_by_the_next(
         row.prepare(lab)
         params = {**row.params(lab), **helpers.surroundings(lab, store, row.host, incident_id), "host": row.host}
         with monkeypatch.context() as patch:
-            patch.setattr(_engine.Action, "_outcome", killed)
+            patch.setattr(_action.Action, "_outcome", killed)
             with pytest.raises(Killed):
                 helpers.execute(helpers.module_of(name).CONTROL, params, host=LocalHost())
         assert not helpers.execute(helpers.module_of(name).CONTROL, params, host=LocalHost())["changed"]

@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import COMMON, execute, spec_of
+from ansible_collections.firebreak.incident.plugins.module_utils._engine import execute
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.module_utils._module import quietly
+from ansible_collections.firebreak.incident.plugins.module_utils._task import COMMON, spec_of
 from lab.client import Lab
 from tests import dumps, helpers
 from tests.contract.rotation_walk import LocalHost

@@ -30,6 +30,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import (
     _release,
     _status,
     _store,
+    _task,
     _verify,
 )
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Control, Gate
@@ -124,7 +125,7 @@ CONTROL = Control(
 def params(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("FIREBREAK_SPOOL", str(tmp_path / "spool"))
     SERVICE.kill_at = SERVICE.calls = 0
-    common = {name: option.get("default") for name, option in _engine.COMMON.items()}
+    common = {name: option.get("default") for name, option in _task.COMMON.items()}
     return {
         **common,
         "case_store": f"file://{tmp_path}/cases",

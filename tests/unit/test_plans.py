@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ansible_collections.firebreak.incident.plugins.module_utils._engine import COMMON, recorded, spec_of
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import Refused
-from ansible_collections.firebreak.incident.plugins.module_utils._plan import Plan, at
+from ansible_collections.firebreak.incident.plugins.module_utils._plan import Plan, at, recorded
 from ansible_collections.firebreak.incident.plugins.module_utils._release import compare
+from ansible_collections.firebreak.incident.plugins.module_utils._task import COMMON, spec_of
 from tests.helpers import complete, controls, module_of, table_of
 from tests.rows import Case, Row
 
