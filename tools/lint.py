@@ -154,11 +154,16 @@ def licences(trees: Trees) -> tuple[bool, str]:
     return run("reuse", "lint", "--lines", cwd=trees.copy)
 
 
+def tables(_trees: Trees) -> tuple[bool, str]:
+    return run(sys.executable, "tools/tables.py", "--check")
+
+
 # In this order: the first ones want a copy that nobody has written into.
 LINTERS: dict[str, Callable[[Trees], tuple[bool, str]]] = {
     "ruff": ruff,
     "ruff-format": ruff_format,
     "licences": licences,
+    "tables": tables,
     "changelog": changelog,
     "mypy": mypy,
     "ansible-lint": ansible_lint,
