@@ -90,7 +90,7 @@ outcome:
 import re
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _delivery, _vault
+from ansible_collections.firebreak.incident.plugins.module_utils import _delivery, _host_file, _vault
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Control
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError, Refused, Unproven
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
@@ -172,7 +172,7 @@ def _check_options(params: dict[str, Any]) -> None:
 
 def apply(client: _vault.Client, params: dict[str, Any], change: Change) -> None:
     if change.data["step"] == "reload":
-        _delivery.run_command(client.host, params["reload"], "reload", client.left())
+        _host_file.run_command(client.host, params["reload"], "reload", client.left())
         return
     held = client.held
     if held["version"] < change.data["version"]:
