@@ -124,7 +124,12 @@ def same_matter(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if one.keys() != other.keys():
         return False
     pairs = [(one[name], other[name]) for name in one]
-    return all(not {*a}.isdisjoint(b) if isinstance(a, list | dict) and a and b else a == b for a, b in pairs)
+    return all(bool(entries(a) & entries(b)) if isinstance(a, list | dict) and a and b else a == b for a, b in pairs)
+
+
+def entries(listed: Any) -> set[bytes]:
+    """What an option lists, each entry whatever its type is."""
+    return {canonical(entry) for entry in listed}
 
 
 def identity(control: Any, params: dict[str, Any]) -> str:

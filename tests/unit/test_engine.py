@@ -1264,3 +1264,9 @@ def test_clocks_that_differ_are_told_and_alter_nothing(ready: dict[str, Any]) ->
         case.record("_run", "note", {"text": "x"})
     seen = case_verify_info.CONTROL.read(case_of(ready), {"expect": None})
     assert seen["valid"] and 5399 < seen["skew"] < 5401 and "differ by 5400 s" in seen["screen"][-1], seen
+
+
+def test_options_that_list_mappings_are_about_the_same_where_they_share_one() -> None:
+    one, more, other = ([{"database": name} for name in names] for names in ("a", "ab", "b"))
+    assert _task.same_matter({"routes": one}, {"routes": more})
+    assert not _task.same_matter({"routes": one}, {"routes": other})
