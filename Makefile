@@ -8,7 +8,7 @@
 # Made by us, so that another folder can be tried without touching the usual one.
 VENV ?= .venv
 VENV_OLDEST ?= .venv-2.19
-# `make test REAL=vault,s3`: these parts must be the real ones.
+# `make test REAL=vault,pgbouncer,s3`: these parts must be the real ones.
 REAL ?=
 # What pytest runs and how: `make test ARGS="-k fence -x"`.
 ARGS ?=

@@ -3,7 +3,7 @@
 """The real servers that pip cannot give: where they are, and how to get them without root (``make real``).
 
 A program on PATH wins. Else it is the one that an earlier ``make real`` put into the user's cache folder, under the hash of
-the recipe, so that a second clone finds it and a changed recipe never meets an old program. What cannot be had is named and
+its recipe, so that a second clone finds it and a changed recipe never meets an old program. What cannot be had is named and
 left out, and is no failure: the lab takes a double for it. Standard library only: this runs before there is an environment.
 """
 
@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 RECIPES = ("vault", "versitygw")  # folders with a Go module file and its checksums
@@ -36,13 +38,28 @@ GO = (1, 25, 3)
 GO_THAT_FETCHES_GO = (1, 21, 0)  # from here on a Go tool gets the newer one that a module asks for
 DISK_GB = 8
 
-# What a person asks for (`make test REAL=vault,s3`) -> the programs that it needs, each found by any of its names.
-PARTS = {"vault": ("vault",), "s3": ("versitygw",)}
-NAMES = {"vault": ("vault", "bao"), "versitygw": ("versitygw",), "postgresql-database-plugin": ()}
+# Debian's package, and those of what it depends on that a system need not have.
+PGBOUNCER = "pgbouncer"
+LIBRARIES = re.compile(r"libevent|libc-ares")
+# The loader is told of these libraries for this program alone. Its process is the one that was started.
+START = """#!/bin/sh
+here=${0%/*}/../lib/pgbouncer
+LD_LIBRARY_PATH="$here" exec "$here/pgbouncer" "$@"
+"""
+
+# What a person asks for (`make test REAL=vault,pgbouncer,s3`) -> the programs that it needs, each found by any of its names.
+PARTS = {"vault": ("vault",), "pgbouncer": ("pgbouncer",), "s3": ("versitygw",)}
+NAMES = {
+    "vault": ("vault", "bao"),
+    "versitygw": ("versitygw",),
+    "postgresql-database-plugin": (),
+    "pgbouncer": ("pgbouncer",),
+}
 FILES = {
     "vault": "bin/vault",
     "versitygw": "bin/versitygw",
     "postgresql-database-plugin": "plugins/postgresql-database-plugin",
+    "pgbouncer": "bin/pgbouncer",
 }
 
 
@@ -50,8 +67,12 @@ class LeftOut(Exception):
     """A part cannot be had here; the text says why."""
 
 
-def recipe_hash() -> str:
-    """The identity of what is built: the modules with their checksums, and how they are built."""
+def recipe_hash(program: str = "vault") -> str:
+    """The identity of what is built: the modules with their checksums, and how they are built; or which packages are
+    unpacked on which system."""
+    if program == "pgbouncer":
+        system = (_release(), platform.machine())
+        return hashlib.sha256(repr((PGBOUNCER, LIBRARIES.pattern, START, system)).encode()).hexdigest()[:16]
     digest = hashlib.sha256(repr((STRIP, STRIP_VAULT)).encode())
     for recipe in RECIPES:
         for name in ("go.mod", "go.sum"):
@@ -59,18 +80,26 @@ def recipe_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def cache() -> Path:
-    """The folder of this recipe's programs; it need not exist."""
+def _release() -> str:
+    """Which release of which distribution this is: the packages' other libraries are its own."""
+    with contextlib.suppress(OSError):
+        found = platform.freedesktop_os_release()
+        return f"{found.get('ID')} {found.get('VERSION_ID')}"
+    return platform.system()
+
+
+def cache(program: str = "vault") -> Path:
+    """The folder of what this program's recipe makes; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "firebreak-incident" / "real" / recipe_hash()
+    return Path(base) / "firebreak-incident" / "real" / recipe_hash(program)
 
 
 def find(name: str) -> Path | None:
-    """The program ``name`` (vault, versitygw, postgresql-database-plugin), or None."""
+    """The program ``name`` (vault, versitygw, postgresql-database-plugin, pgbouncer), or None."""
     for candidate in NAMES[name]:
         if on_path := shutil.which(candidate):
             return Path(on_path)
-    built = cache() / FILES[name]
+    built = cache(name) / FILES[name]
     return built if os.access(built, os.X_OK) else None
 
 
@@ -79,26 +108,105 @@ def missing(parts: list[str]) -> list[str]:
     return [part for part in parts if any(find(program) is None for program in PARTS[part])]
 
 
-def build_versitygw(go: Go, into: Path) -> None:
-    go.build("versitygw", VERSITYGW, into / FILES["versitygw"], STRIP)
+def build_versitygw(scratch: Path, into: Path) -> None:
+    Go(scratch).build("versitygw", VERSITYGW, into / FILES["versitygw"], STRIP)
 
 
-def build_vault(go: Go, into: Path) -> None:
+def build_vault(scratch: Path, into: Path) -> None:
+    go = Go(scratch)
     go.build("vault", VAULT, into / FILES["vault"], STRIP_VAULT)
     go.build("vault", POSTGRESQL_PLUGIN, into / FILES["postgresql-database-plugin"], STRIP)
 
 
-# name, what it is, how long it takes on two cores, the programs, how
-BUILDS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Go, Path], None]], ...] = (
-    ("s3", "versitygw 1.8.0, an S3 server with Object Lock", "1 minute", ("versitygw",), build_versitygw),
-    (
+def unpack_pgbouncer(scratch: Path, into: Path) -> None:
+    """The package and its libraries, unpacked and not installed, and a start of it that finds them."""
+    apt = Apt(scratch)
+    libraries = [name for name in apt.depends(PGBOUNCER) if LIBRARIES.match(name)]
+    unpacked = apt.unpack(PGBOUNCER, *libraries)
+    folder = into / "lib" / "pgbouncer"
+    folder.mkdir(parents=True)
+    shutil.copy2(unpacked / "usr/sbin/pgbouncer", folder)
+    for library in unpacked.glob("**/lib*.so.*"):
+        shutil.copy2(library, folder)  # each under every name that it has: a link is followed
+    start = into / FILES["pgbouncer"]
+    start.write_text(START)
+    start.chmod(0o755)
+    apt.run([str(start), "--version"])
+
+
+class Build(NamedTuple):
+    """How a part is made, and what that takes on two cores."""
+
+    part: str
+    what: str
+    duration: str
+    programs: tuple[str, ...]
+    how: Callable[[Path, Path], None]
+    gigabytes: int
+
+
+BUILDS = (
+    Build("pgbouncer", "PgBouncer, a pool of connections", "5 seconds", ("pgbouncer",), unpack_pgbouncer, 1),
+    Build("s3", "versitygw 1.8.0, an S3 server with Object Lock", "1 minute", ("versitygw",), build_versitygw, DISK_GB),
+    Build(
         "vault",
         "Vault 1.21.2 with its PostgreSQL plugin",
         "5 minutes",
         ("vault", "postgresql-database-plugin"),
         build_vault,
+        DISK_GB,
     ),
 )
+
+
+class Apt:
+    """Debian's packages, fetched and unpacked by whoever this is, with nothing installed."""
+
+    def __init__(self, scratch: Path) -> None:
+        for tool in ("apt-get", "apt-cache", "dpkg-deb"):
+            if not shutil.which(tool):
+                raise LeftOut(f"there is no `{tool}` on PATH")
+        self.folder = scratch / "debian"
+        self._options: list[str] = []
+        self.folder.mkdir()
+        if not self._knows(PGBOUNCER):
+            self._update()
+
+    def _knows(self, package: str) -> bool:
+        shown = self.run(["apt-cache", *self._options, "show", "--no-all-versions", package], fails=True)
+        return "Package:" in shown
+
+    def _update(self) -> None:
+        """Package lists of our own, which need no root."""
+        places = {"Dir::State": self.folder / "state", "Dir::Cache": self.folder / "cache"}
+        for place in places.values():
+            (place / "lists" / "partial").mkdir(parents=True)
+            (place / "archives" / "partial").mkdir(parents=True)
+        self._options = [word for name, place in places.items() for word in ("-o", f"{name}={place}")]
+        self._options += ["-o", "Dir::State::status=/var/lib/dpkg/status", "-o", "APT::Sandbox::User="]
+        self.run(["apt-get", *self._options, "-qq", "update"])
+        if not self._knows(PGBOUNCER):
+            raise LeftOut(f"this system's package sources have no {PGBOUNCER}")
+
+    def depends(self, package: str) -> list[str]:
+        shown = self.run(["apt-cache", *self._options, "depends", "--important", package])
+        return re.findall(r"Depends: ([a-z0-9.+-]+)", shown)
+
+    def unpack(self, *packages: str) -> Path:
+        sandbox = ["-o", "APT::Sandbox::User="]  # the folder is nobody else's to read
+        self.run(["apt-get", *self._options, *sandbox, "-qq", "download", *packages])
+        for file in sorted(self.folder.glob("*.deb")):
+            self.run(["dpkg-deb", "--extract", str(file), str(self.folder / "unpacked")])
+        return self.folder / "unpacked"
+
+    def run(self, command: list[str], fails: bool = False) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL
+        )
+        if done.returncode and not fails:
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            raise LeftOut(f"`{Path(command[0]).name}` failed: {lines[-1].strip()}")
+        return done.stdout
 
 
 class Go:
@@ -178,39 +286,42 @@ def _free() -> float:
     return shutil.disk_usage(folder).free / 1e9
 
 
-def build(programs: tuple[str, ...], how: Callable[[Go, Path], None], target: Path) -> None:
+def build(one: Build) -> None:
+    target = cache(one.programs[0])
     with _scratch(target.parent) as scratch:
-        if all(find(program) for program in programs):
+        if all(find(program) for program in one.programs):
             return  # another run built it while this one waited
-        if (free := _free()) < DISK_GB:
-            raise LeftOut(f"a build needs {DISK_GB} GB of free disk, and the cache folder has {free:.1f}")
+        if (free := _free()) < one.gigabytes:
+            raise LeftOut(f"a build needs {one.gigabytes} GB of free disk, and the cache folder has {free:.1f}")
         out = scratch / "out"
+        programs = [out / FILES[program] for program in one.programs]
         for program in programs:
-            (out / FILES[program]).parent.mkdir(parents=True, exist_ok=True)
-        how(Go(scratch), out)
-        for program in programs:
-            place = target / FILES[program]
+            program.parent.mkdir(parents=True, exist_ok=True)
+        one.how(scratch, out)
+        others = [file for file in sorted(out.rglob("*")) if file.is_file() and file not in programs]
+        for file in [*others, *programs]:  # what is found is whole
+            place = target / file.relative_to(out)
             place.parent.mkdir(parents=True, exist_ok=True)
-            (out / FILES[program]).replace(place)
+            file.replace(place)
 
 
 def make() -> list[str]:
     """Build what is not there; returns the names of what was left out."""
     left_out = []
-    for name, what, duration, programs, how in BUILDS:
-        where = [find(program) for program in programs]
-        if where[0] and (all(where) or not where[0].is_relative_to(cache())):
-            say(f"there     {name}: {where[0]}")
+    for one in BUILDS:
+        where = [find(program) for program in one.programs]
+        if where[0] and (all(where) or not where[0].is_relative_to(cache(one.programs[0]))):
+            say(f"there     {one.part}: {where[0]}")
             continue
-        say(f"building  {name}: {what} (about {duration} on two cores)")
+        say(f"building  {one.part}: {one.what} (about {one.duration} on two cores)")
         started = time.monotonic()
         try:
-            build(programs, how, cache())
+            build(one)
         except (LeftOut, OSError, subprocess.SubprocessError) as error:
-            left_out.append(name)
-            say(f"left out  {name}: {error}; the lab takes a double for it")
+            left_out.append(one.part)
+            say(f"left out  {one.part}: {error}; the lab takes a double for it")
         else:
-            say(f"built     {name}: {find(programs[0])} in {time.monotonic() - started:.0f} s")
+            say(f"built     {one.part}: {find(one.programs[0])} in {time.monotonic() - started:.0f} s")
     return left_out
 
 
@@ -220,7 +331,7 @@ def _end(_signal: int, _frame: FrameType | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the lab's real servers, or ask for them.")
-    parser.add_argument("--need", metavar="vault,s3", help="build nothing; fail when one of these is missing")
+    parser.add_argument("--need", metavar="vault,pgbouncer,s3", help="build nothing; fail when one of these is missing")
     parser.add_argument("--room", action="store_true", help="fail when there is not the disk space for a build")
     asked = parser.parse_args()
     if asked.room:

@@ -59,8 +59,8 @@ def test_what_cannot_be_built_is_named_and_is_no_failure(programs: Path, go: str
     put(programs, "go", go)
     status, output = real(programs)
     assert status == 0
-    assert output.count("left out") == 2
-    assert reason in output
+    assert output.count("left out") == 3
+    assert reason in output and "there is no `apt-get` on PATH" in output
     assert list(programs.glob("cache/*/*/.build-*")) == []
     status, output = real(programs, "--need", "vault,s3")
     assert status == 1
@@ -75,6 +75,53 @@ def test_what_is_built_is_found_by_the_next_run(programs: Path) -> None:
     status, output = real(programs)
     assert output.count("there  ") == 2
     assert list(programs.glob("cache/*/*/.build-*")) == []
+
+
+# A system whose package lists are empty until somebody fetches some of his own; each package holds what its name says.
+APT = {
+    "apt-cache": """
+    case "$*" in
+    *"Dir::State="*" show "* | *"show --no-all-versions known") echo "Package: pgbouncer" ;;
+    *" depends "*) printf 'pgbouncer\\n  Depends: libevent-2.1-7\\n  Depends: libc6\\n' ;;
+    *) exit 100 ;;
+    esac
+    """,
+    "apt-get": """
+    while [ $# -gt 0 ]; do case "$1" in download) shift; break ;; update) exit 0 ;; esac; shift; done
+    for package in "$@"; do echo "$package" > "$package.deb"; done
+    """,
+    "dpkg-deb": """
+    mkdir -p "$3/usr/sbin" "$3/usr/lib/any"
+    case "$2" in
+    *libevent*) echo library > "$3/usr/lib/any/libevent-2.1.so.7" ;;
+    *pgbouncer*)
+        printf '#!/bin/sh\\necho "PgBouncer in $LD_LIBRARY_PATH"\\n' > "$3/usr/sbin/pgbouncer"
+        chmod +x "$3/usr/sbin/pgbouncer" ;;
+    *) exit 1 ;;
+    esac
+    """,
+}
+
+
+def test_a_package_is_unpacked_without_being_installed(programs: Path) -> None:
+    for name, script in APT.items():
+        put(programs, name, script)
+    status, output = real(programs)
+    assert status == 0 and "built     pgbouncer: " in output, output
+    (started,) = programs.glob("cache/*/*/*/bin/pgbouncer")
+    said = subprocess.run([str(started)], capture_output=True, text=True, check=True, env={"PATH": SYSTEM}).stdout
+    folder = Path(said.removeprefix("PgBouncer in ").strip())
+    assert (folder / "libevent-2.1.so.7").exists() and not list(programs.glob("cache/**/libc6*"))
+    assert real(programs, "--need", "pgbouncer") == (0, "")
+    assert "there     pgbouncer: " in real(programs)[1]
+
+
+def test_a_package_that_is_not_there_is_named(programs: Path) -> None:
+    for name, script in {**APT, "apt-cache": "exit 100"}.items():
+        put(programs, name, script)
+    status, output = real(programs)
+    assert status == 0 and "this system's package sources have no pgbouncer" in output
+    assert real(programs, "--need", "pgbouncer")[0] == 1
 
 
 def test_a_program_on_path_is_taken_first(programs: Path) -> None:
