@@ -100,8 +100,14 @@ class Database:
 
     def _connect(self) -> psycopg.Connection[Any]:
         password = self._settings["DATABASE_PASSWORD"]
+        # Behind a pool the next transaction may be on another server's connection: nothing is prepared.
         return psycopg.connect(
-            self._where, password=password, autocommit=True, connect_timeout=3, application_name="divan"
+            self._where,
+            password=password,
+            autocommit=True,
+            connect_timeout=3,
+            application_name="divan",
+            prepare_threshold=None,
         )
 
 

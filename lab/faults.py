@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from .client import Lab
 from .tcp_proxy import Tap, TcpProxy
 
-PORTS = ("firebreak_postgresql_port", "firebreak_redis_port", "ansible_port")
+PORTS = ("firebreak_postgresql_port", "firebreak_pgbouncer_port", "firebreak_redis_port", "ansible_port")
 URLS = ("firebreak_cloudflare_url", "firebreak_vault_url")
 
 

@@ -79,6 +79,7 @@ def _common(site: Site, known: set[str]) -> dict[str, Any]:
         "firebreak_evidence_patience": 5,
         "firebreak_block_addresses": [THIEF],
         "firebreak_stolen_roles": ["reporting"],
+        "firebreak_application_roles": ["app"],
         "firebreak_application_url": services.app_url(site),
         "firebreak_application_direct_url": site.url("app"),
     }
@@ -94,7 +95,7 @@ def _protected(site: Site) -> dict[str, list[Any]]:
     return {
         "addresses": [RESPONDERS],
         "countries": [],
-        "roles": ["postgres", "firebreak", "app", "repl"],
+        "roles": ["postgres", "firebreak", "app", "repl", "pooler"],
         "accounts": [str(STAFF)],
         "tokens": ["root"],
         "keys": [site.secrets["s3_key"]],
@@ -111,7 +112,7 @@ def _cache(site: Site) -> dict[str, Any]:
 
 
 def _database(site: Site, name: str) -> dict[str, Any]:
-    return {
+    values = {
         "firebreak_postgresql_host": "127.0.0.1",
         "firebreak_postgresql_port": site.port(name),
         "firebreak_postgresql_user": "firebreak",
@@ -119,6 +120,19 @@ def _database(site: Site, name: str) -> dict[str, Any]:
         "firebreak_postgresql_database": "divan",
         "firebreak_postgresql_sslmode": "disable",
         "firebreak_database_role": "primary" if name == "pg1" else "standby",
+    }
+    return {**values, **_pool(site)} if name == "pg1" else values
+
+
+def _pool(site: Site) -> dict[str, Any]:
+    """The pool before it, and where its clients are led when nobody may write."""
+    return {
+        "firebreak_pgbouncer_host": "127.0.0.1",
+        "firebreak_pgbouncer_port": site.port("pool1"),
+        "firebreak_pgbouncer_user": "firebreak",
+        "firebreak_pgbouncer_password": site.secrets["firebreak"],
+        "firebreak_pgbouncer_sslmode": "disable",
+        "firebreak_pgbouncer_routes": [{"database": "divan", "host": "127.0.0.1", "port": site.port("pg2")}],
     }
 
 

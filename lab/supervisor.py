@@ -19,7 +19,7 @@ from typing import Any
 
 from . import LabError, files, inventory
 from .lock import MARKER, Lock
-from .parts import CROWD_SIZE, Site, postgresql, services, valkey
+from .parts import CROWD_SIZE, Site, pool, postgresql, services, valkey
 
 ACTORS = ("thief", "crowd")
 
@@ -76,6 +76,7 @@ class Supervisor:
         jobs: list[Awaitable[Any]] = [
             primary,
             valkey.cache(site),
+            pool.pool(site),
             services.app(site),
             services.edge(site),
             services.vault(site),

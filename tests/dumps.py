@@ -118,6 +118,8 @@ def postgresql(lab: Any) -> dict[str, Any]:
         "functions": "SELECT nspname, proname, md5(prosrc), proacl::text FROM pg_proc JOIN pg_namespace n"
         f" ON n.oid = pronamespace WHERE {OURS} ORDER BY 1, 2, 3",
         "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled::text FROM pg_trigger ORDER BY 1, 2",
+        "event triggers": "SELECT evtname, evtevent, evtenabled::text, obj_description(oid, 'pg_event_trigger')"
+        " FROM pg_event_trigger ORDER BY 1",
         "sequences": "SELECT schemaname, sequencename, last_value FROM pg_sequences ORDER BY 1, 2",
     }
     with session(lab) as database:
@@ -209,6 +211,27 @@ def ask_vault(lab: Any, method: str, path: str) -> dict[str, Any]:
     return dict(body) if isinstance(body, dict) else {}
 
 
+# --- the pool
+
+
+def pool(lab: Any) -> dict[str, Any]:
+    """Its file, and where it leads whose clients."""
+    file = Path(lab.dir) / "run" / "pool1" / "pgbouncer.ini"
+    known = lab.hostvars("pg1")
+    with psycopg.connect(
+        host="127.0.0.1",
+        port=known["firebreak_pgbouncer_port"],
+        user=known["firebreak_pgbouncer_user"],
+        password=known["firebreak_pgbouncer_password"],
+        dbname="pgbouncer",
+        autocommit=True,
+        cursor_factory=psycopg.ClientCursor,
+    ) as console:
+        rows = console.execute("SHOW DATABASES").fetchall()
+    routes = {row[0]: [row[1], row[2], row[3], row[11], row[12]] for row in rows}
+    return {"file": file.read_text(), "mode": stat.filemode(file.stat().st_mode), "routes": routes}
+
+
 # --- the edge and the application's host
 
 
@@ -291,4 +314,5 @@ PARTS: dict[str, Callable[[Any], Any]] = {
     "vault": vault,
     "edge": edge,
     "files": application_files,
+    "pool": pool,
 }

@@ -25,7 +25,19 @@ def token() -> str:
 
 
 def _secrets() -> dict[str, str]:
-    names = ("postgres", "firebreak", "app", "reporting", "repl", "analyst", "batch", "redis", "redis_app", "vault")
+    names = (
+        "postgres",
+        "firebreak",
+        "app",
+        "reporting",
+        "repl",
+        "analyst",
+        "batch",
+        "pooler",
+        "redis",
+        "redis_app",
+        "vault",
+    )
     values = {name: token() for name in names}
     values |= {name: token() for name in ("cloudflare", "s3_key", "s3_secret", "bot", "sentry")}
     return values | {"jwt": secrets.token_hex(32), "webhook": secrets.token_hex(32)}

@@ -55,6 +55,7 @@ CREATE ROLE app       LOGIN PASSWORD '{app}';
 CREATE ROLE reporting LOGIN PASSWORD '{reporting}';
 CREATE ROLE analyst   LOGIN PASSWORD '{analyst}';
 CREATE ROLE batch     LOGIN PASSWORD '{batch}' CONNECTION LIMIT 5;
+CREATE ROLE pooler    LOGIN PASSWORD '{pooler}';
 CREATE ROLE readers   NOLOGIN;
 GRANT readers TO analyst;
 CREATE DATABASE divan;
@@ -79,6 +80,13 @@ GRANT SELECT, INSERT, UPDATE ON users, sessions, audit_logs, payments TO app;
 GRANT SELECT, UPDATE ON users TO reporting;
 GRANT SELECT ON audit_logs, sessions TO readers;
 GRANT SELECT, UPDATE ON sessions TO batch;
+CREATE SCHEMA pooler;
+GRANT USAGE ON SCHEMA pooler TO pooler;
+CREATE FUNCTION pooler.lookup(wanted text, OUT name text, OUT password text) RETURNS SETOF record LANGUAGE sql STABLE
+  SECURITY DEFINER SET search_path = pg_catalog
+  AS $$ SELECT rolname, rolpassword FROM pg_authid WHERE rolname = wanted AND rolcanlogin AND NOT rolsuper $$;
+REVOKE ALL ON FUNCTION pooler.lookup FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION pooler.lookup TO pooler;
 COPY users (id, email, name, password_hash, note) FROM STDIN;
 {users}
 \\.

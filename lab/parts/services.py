@@ -27,7 +27,7 @@ BUCKET = "cases"
 def real_program(name: str) -> str | None:
     """The real server, where there is one: on PATH, or what ``make real`` left in the user's cache folder.
 
-    ``LAB_DOUBLES=vault,versitygw`` takes the doubles all the same.
+    ``LAB_DOUBLES=vault,pgbouncer,versitygw`` takes the doubles all the same.
     """
     from .. import real
 
@@ -220,7 +220,7 @@ async def app(site: Site) -> None:
     env = {
         "PORT": site.port("app"),
         "PGHOST": "127.0.0.1",
-        "PGPORT": site.port("pg1"),
+        "PGPORT": site.port("pool1"),
         "PGDATABASE": "divan",
         "PGUSER": "app",
     }

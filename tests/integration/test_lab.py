@@ -82,7 +82,7 @@ def test_says_what_is_real_and_what_is_a_double(lab: Lab) -> None:
     kinds = {name: part["kind"] for name, part in lab.state["parts"].items()}
     assert {kinds[name] for name in ("pg1", "pg2", "cache1", "app", "sinks", "ssh")} == {"real"}
     assert kinds["cf"] == "double"
-    assert kinds["vault"] in ("real", "double") and kinds["s3"] in ("real", "double")
+    assert {kinds[name] for name in ("vault", "s3", "pool1")} <= {"real", "double"}
     for part in lab.state["parts"].values():
         assert part["status"] == "off" or psutil.pid_exists(part["pid"])
 
@@ -125,7 +125,7 @@ def test_responder_and_bystanders_log_in(lab: Lab) -> None:
     ) as connection:
         assert connection.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user").fetchone() == (True,)
         roles = {row[0] for row in connection.execute("SELECT rolname FROM pg_roles WHERE rolname !~ '^pg_'")}
-    assert roles == {"postgres", "firebreak", "app", "reporting", "repl", "analyst", "batch", "readers"}
+    assert roles == {"postgres", "firebreak", "app", "reporting", "repl", "analyst", "batch", "pooler", "readers"}
 
 
 def test_cache_holds_refresh_tokens_and_things_of_others(lab: Lab) -> None:
