@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import socket
@@ -90,6 +91,12 @@ OTHERS = """
 SESSIONS_OF_ROLE = """
     a.backend_type IN ('client backend', 'walsender') AND a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = %s)
 """
+SESSIONS_HERE = """
+    a.backend_type = 'client backend' AND a.datname = current_database() AND a.usename = ANY (%s)
+"""
+LOGIN_FENCE = "firebreak_login_fence"
+CREATED_ONCE = f"""BEGIN IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = '{LOGIN_FENCE}') THEN
+    CREATE EVENT TRIGGER {LOGIN_FENCE} ON login EXECUTE FUNCTION {LOGIN_FENCE}.refuse(); END IF; END"""
 psycopg: Any = None
 
 
@@ -110,7 +117,7 @@ def connect(params: dict[str, Any], context: Context) -> Client:
 
 
 @contextlib.contextmanager
-def _no_environment() -> Iterator[None]:
+def no_environment() -> Iterator[None]:
     """libpq lets PGHOSTADDR, PGOPTIONS, PGSERVICE and thirty others redirect or extend what was given explicitly."""
     kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PG")}
     try:
@@ -139,7 +146,7 @@ class Client:
         settings = {**SESSION, **{name: f"{1000 * self._at_most(seconds):.0f}ms" for name, seconds in limits.items()}}
         password = params["postgresql_password"] or self._context.env.get("PGPASSWORD")
         authority = {"sslrootcert": params["postgresql_ca_cert"]} if params.get("postgresql_ca_cert") else {}
-        with _no_environment():
+        with no_environment():
             return psycopg.connect(
                 host=params["postgresql_host"],
                 port=params["postgresql_port"],
@@ -409,6 +416,58 @@ class Client:
             statement = psycopg.sql.SQL("ALTER ROLE {} SET {} = {}").format(role, setting, psycopg.sql.Literal(value))
         self.write("change the role's settings", statement)
 
+    # --- logins on this server alone
+
+    def login_fence(self) -> dict[str, Any] | None:
+        """Whom the fence of this database refuses, for which incident, under which mark; and whether it is as we made it."""
+        found = self.rows(
+            "read the login fence",
+            """SELECT obj_description(e.oid, 'pg_event_trigger') AS mark, obj_description(p.oid, 'pg_proc') AS told, p.prosrc AS body,
+                 e.evtenabled = 'A' AND current_setting('event_triggers')::bool AS fires
+               FROM pg_event_trigger e JOIN pg_proc p ON p.oid = e.evtfoid WHERE e.evtname = %s""",
+            [LOGIN_FENCE],
+        )
+        if not found:
+            return None
+        told = json.loads(found[0]["told"] or "{}")
+        sound = found[0]["fires"] and found[0]["body"] == _fence_body(told.get("roles", []))
+        return {"roles": told.get("roles"), "incident": told.get("incident"), "mark": found[0]["mark"], "sound": sound}
+
+    def raise_login_fence(self, roles: Sequence[str], incident: str) -> None:
+        """All of it at once, and the second time nothing. A standby has it too, and lets them in."""
+        sql = psycopg.sql
+        told = json.dumps({"incident": incident, "roles": list(roles)})
+        values = map(sql.Literal, (_fence_body(roles), told, CREATED_ONCE))
+        statement = sql.SQL(
+            "CREATE SCHEMA IF NOT EXISTS {0}; CREATE OR REPLACE FUNCTION {0}.refuse() RETURNS event_trigger LANGUAGE plpgsql"
+            " SET search_path = pg_catalog AS {1}; COMMENT ON FUNCTION {0}.refuse() IS {2}; DO {3};"
+            " ALTER EVENT TRIGGER {0} ENABLE ALWAYS"
+        )
+        self.write("raise the login fence", statement.format(sql.Identifier(LOGIN_FENCE), *values))
+
+    def mark_login_fence(self, mark: str) -> None:
+        statement = psycopg.sql.SQL("COMMENT ON EVENT TRIGGER {} IS {}")
+        self.write(
+            "mark the login fence", statement.format(psycopg.sql.Identifier(LOGIN_FENCE), psycopg.sql.Literal(mark))
+        )
+
+    def lift_login_fence(self) -> None:
+        statement = psycopg.sql.SQL("DROP EVENT TRIGGER {0}; DROP SCHEMA {0} CASCADE")
+        self.write("lift the login fence", statement.format(psycopg.sql.Identifier(LOGIN_FENCE)))
+
+    def end_sessions_here(self, roles: Sequence[str]) -> None:
+        self.end_sessions(SESSIONS_HERE, [list(roles)])
+
+    def fenced_roles(self, roles: Sequence[str]) -> dict[str, Any]:
+        """Their sessions in this database, which of them are not there or could lift the fence, and the role in use."""
+        return self.rows(
+            "read the roles",
+            f"""SELECT (SELECT count(*) FROM pg_stat_activity a WHERE {SESSIONS_HERE}) AS sessions, session_user AS own_role,
+                 ARRAY(SELECT n FROM unnest(%s::text[]) n WHERE n NOT IN (SELECT rolname FROM pg_roles)) AS missing,
+                 ARRAY(SELECT rolname::text FROM pg_roles WHERE rolsuper AND rolname = ANY (%s)) AS superusers""",
+            [list(roles)] * 3,
+        )[0]
+
     # --- rows
 
     def select(self, table: Sequence[str], columns: Sequence[str], after: Sequence[str] | None,
@@ -443,6 +502,15 @@ class Client:
                 raise
         explained = self.rows(action, psycopg.sql.SQL("EXPLAIN (FORMAT JSON) {}").format(select))
         return {"rows": explained[0]["QUERY PLAN"][0]["Plan"]["Plan Rows"], "counted": False}
+
+
+def _fence_body(roles: Sequence[str]) -> str:
+    """What is done at each login. It reads nothing that a role could change."""
+    names = ", ".join("'" + name.replace("'", "''") + "'" for name in roles)
+    return (
+        f"BEGIN IF session_user = ANY (ARRAY[{names}]::name[]) AND NOT pg_is_in_recovery() THEN "
+        "RAISE EXCEPTION 'role % is not permitted to log in to the primary', session_user USING ERRCODE = '28000'; END IF; END"
+    )
 
 
 class ServerError(FirebreakError):
