@@ -331,7 +331,7 @@ class Database(Foreign):
         database = self._ask("SELECT datconnlimit, datallowconn FROM pg_database WHERE datname = 'foreign_db'")
         return {
             "roles": {row[0]: list(row[1:]) for row in roles},
-            "settings": {row[0]: row[1] for row in settings},
+            "settings": {name: kept for name, config in settings if (kept := [c for c in config if not _is_fence(c)])},
             "siblings": {row[0]: {"limit": row[1], "settings": self._settings(row[0])} for row in limits},
             "database": [list(row) for row in database],
             "configuration": {k: v for k, v in self._lines().items() if not _is_fence(k)},
@@ -357,7 +357,11 @@ class Database(Foreign):
         users = self._ask("SELECT md5(string_agg(u::text, ',' ORDER BY id)) FROM users u")
         fence = {name: value for name, value in self._lines().items() if _is_fence(name)}
         evidence = sorted(path.name for path in Path(self.lab.dir).rglob(f"{self.incident}/evidence/pg1/*/*.json"))
-        return {"roles": [list(row) for row in roles], "users": users[0][0], "fence": fence, "evidence": evidence}
+        triggers = self._ask(
+            "SELECT evtname, evtenabled, obj_description(oid, 'pg_event_trigger') FROM pg_event_trigger"
+        )
+        told = {"users": users[0][0], "fence": fence, "evidence": evidence, "triggers": sorted(map(list, triggers))}
+        return {"roles": [list(row) for row in roles], **told}
 
     def close(self) -> None:
         if self.session is not None:
@@ -611,3 +615,73 @@ class EnvFile(Foreign):
     def close(self) -> None:
         lines = [line for line in self._lines() if not line.startswith((b"FOREIGN=", b"# seen by hand"))]
         self.path.write_bytes(b"".join(lines))
+
+
+class PoolFile(Foreign):
+    """Other lines of the pool's file, before, within and after the databases. It edits where the control is held."""
+
+    steady = False
+
+    def __init__(self, lab: Any) -> None:
+        super().__init__(lab)
+        known = lab.hostvars("pg1")
+        self.known = {key.removeprefix("firebreak_pgbouncer_"): value for key, value in known.items()}
+        self.path = Path(lab.dir) / "run" / "pool1" / "pgbouncer.ini"
+        self.start = self.path.read_bytes()
+        self.written = self.found()
+
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines(keepends=True)
+
+    @staticmethod
+    def _is_ours(line: bytes) -> bool:
+        return line.startswith((b";firebreak ", b"divan ="))
+
+    def _edited(self) -> list[bytes]:
+        lines = [line for line in self._lines() if b"by hand" not in line]
+        place = next(number for number, line in enumerate(lines) if line.startswith(b"reports"))
+        lines[place] = b"reports = host=127.0.0.1 port=%d dbname=divan\n" % (1000 + self.number)
+        note = b"; by hand %d\n" % self.number
+        return [
+            note,
+            *lines[:place],
+            b"hand%d = host=127.0.0.1 password='by hand'\n" % self.number,
+            *lines[place:],
+            note,
+        ]
+
+    def _replace(self) -> None:
+        lines = self._edited()
+        beside = self.path.with_name("by-hand.ini")
+        beside.write_bytes(b"".join(lines))
+        beside.chmod(self.path.stat().st_mode & 0o777)
+        os.replace(beside, self.path)
+        self.written = [line for line in lines if not self._is_ours(line)]
+
+    def _in_place(self) -> None:
+        lines = self._edited()
+        with self.path.open("r+b") as file:
+            file.write(b"".join(lines))
+            file.truncate()
+        self.written = [line for line in lines if not self._is_ours(line)]
+
+    @property
+    def edits(self) -> list[Callable[[], None]]:
+        return [self._replace, self._in_place]
+
+    def found(self) -> Any:
+        return [line for line in self._lines() if not self._is_ours(line)]
+
+    def rest(self) -> Any:
+        with psycopg.connect(
+            host="127.0.0.1", port=self.known["port"], user=self.known["user"], password=self.known["password"],
+            dbname="pgbouncer", autocommit=True, cursor_factory=psycopg.ClientCursor,
+        ) as console:  # fmt: skip
+            rows = console.execute("SHOW DATABASES").fetchall()
+        led = next(list(map(str, (row[1], row[2], row[11]))) for row in rows if row[0] == "divan")
+        beside = sorted(path.name for path in self.path.parent.iterdir() if path.name != "by-hand.ini")
+        ours = [line.decode() for line in self._lines() if self._is_ours(line)]
+        return {"led": led, "ours": ours, "mode": self.path.stat().st_mode, "beside it": beside}
+
+    def close(self) -> None:
+        self.path.write_bytes(self.start)

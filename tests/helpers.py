@@ -140,8 +140,12 @@ def release(
 ) -> dict[str, Any]:
     """Undo what an incident's controls changed on the row's host."""
     host = row_of(control).host
-    options = {**surroundings(lab, store, host, incident_id), **connection_options(control, params), "host": host}
-    return execute(control_release.CONTROL, {**options, **({"force": True} if force else {})}, **more)
+    known = lab.hostvars(host)
+    services = {name: known[f"firebreak_{name}"] for name in control_release.CONNECTION if f"firebreak_{name}" in known}
+    own = connection_options(control, params)
+    options = {**surroundings(lab, store, host, incident_id), **services, **own, "host": host}
+    given = {"host": LocalHost(), **more}
+    return execute(control_release.CONTROL, {**options, **({"force": True} if force else {})}, **given)
 
 
 # --- what is on disk

@@ -22,6 +22,7 @@ extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common
   - firebreak.incident.postgresql
+  - firebreak.incident.pgbouncer
   - firebreak.incident.redis
   - firebreak.incident.vault
   - firebreak.incident.cloudflare
@@ -87,6 +88,7 @@ from typing import Any
 from ansible_collections.firebreak.incident.plugins.module_utils import (
     _case,
     _cloudflare,
+    _pgbouncer,
     _postgresql,
     _redis,
     _release,
@@ -95,7 +97,7 @@ from ansible_collections.firebreak.incident.plugins.module_utils import (
 from ansible_collections.firebreak.incident.plugins.module_utils._control import Context, Record
 from ansible_collections.firebreak.incident.plugins.module_utils._module import run_module
 
-SERVICES = (_postgresql, _redis, _vault, _cloudflare)
+SERVICES = (_postgresql, _pgbouncer, _redis, _vault, _cloudflare)
 CONNECTION = {name: option for service in SERVICES for name, option in service.SPEC.items()}
 SPEC: dict[str, Any] = {
     "argument_spec": {

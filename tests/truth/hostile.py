@@ -109,6 +109,7 @@ WAYS = {
     "vault_url": HTTP,
     "cloudflare_url": HTTP,
     "postgresql_port": POSTGRESQL,
+    "pgbouncer_port": POSTGRESQL,
     "redis_port": REDIS,
 }
 

@@ -6,12 +6,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _cloudflare, _postgresql, _redis, _vault
+from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _cloudflare,
+    _pgbouncer,
+    _postgresql,
+    _redis,
+    _vault,
+)
 from tests.contract.rotation_walk import LocalHost
 
 REQUESTS: dict[Any, list[tuple[Any, str]]] = {
     _cloudflare: [(_cloudflare.Client, "_send")],
     _postgresql: [(_postgresql.Client, "rows"), (_postgresql.Client, "run")],
+    _pgbouncer: [(_pgbouncer.Client, "_say"), (LocalHost, "run")],
     _redis: [(_redis, "_ask"), (_redis._Work, "_send")],
     _vault: [(_vault.Client, "_send"), (LocalHost, "run")],
 }

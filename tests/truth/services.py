@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ansible_collections.firebreak.incident.plugins.module_utils import _cloudflare, _postgresql, _redis, _vault
+from ansible_collections.firebreak.incident.plugins.module_utils import (
+    _cloudflare,
+    _pgbouncer,
+    _postgresql,
+    _redis,
+    _vault,
+)
 from ansible_collections.firebreak.incident.plugins.module_utils._errors import FirebreakError
 from ansible_collections.firebreak.incident.plugins.module_utils._task import spec_of
 from tests import dumps, helpers
@@ -307,6 +313,58 @@ POSTGRESQL = Service(
 )
 
 
+# --- the pool, whose console and clients speak as PostgreSQL does
+
+
+def _pgbouncer_faults() -> tuple[Fault, ...]:
+    full = postgresql_error("08P01", "no more connections allowed (max_client_conn)", fatal=True)
+    over = postgresql_error("57P01", "canary of a server's text", fatal=True)
+    return (
+        Fault("refused", postgresql_error("08P01")),
+        Fault("full", full, then="close", on="^connect$"),
+        Fault("shutdown", over, then="close"),
+        Fault("shutdown after the effect", over, reaches=True, then="close", on="RELOAD|WAIT_CLOSE"),
+        Fault("down from there on", over, then="close", times=None),
+        Fault("reset before", then="reset"),
+        Fault("reset after the effect", reaches=True, then="reset"),
+        Fault("cut", cut=True, then="close"),
+        Fault("hangs", then="hang"),
+        Fault("hangs after the effect", reaches=True, then="hang", on="RELOAD|WAIT_CLOSE"),
+        Fault("gone from there on", then="reset", times=None),
+    )
+
+
+def _pgbouncer_stand(_lab: Any, params: Params, stack: contextlib.ExitStack) -> tuple[Party, Params]:
+    between = stack.enter_context(PostgresqlInjector((params["pgbouncer_host"], params["pgbouncer_port"])))
+    return between, {**params, "pgbouncer_port": between.port}
+
+
+def application_word(lab: Any, name: str) -> str:
+    """A password of the application, from its env file."""
+    lines = (lab.dir / "app" / "app.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)[name]
+
+
+@contextlib.contextmanager
+def _as_app(lab: Any, params: Params, _folder: Path) -> Iterator[Params]:
+    """A client of the pool, who may not speak to its console."""
+    yield {**params, "pgbouncer_user": "app", "pgbouncer_password": application_word(lab, "DATABASE_PASSWORD")}
+
+
+PGBOUNCER = Service(
+    "pgbouncer",
+    _pgbouncer_faults(),
+    {
+        **tcp_places("pgbouncer_port", PostgresqlInjector, {"pgbouncer_sslmode": "verify-full"}),
+        "wrong password": with_options(pgbouncer_password="canary-of-a-password"),
+        "no such file": with_options(conffile="/nonexistent/pgbouncer.ini"),
+        "TLS required": with_options(pgbouncer_sslmode="require"),
+        "no user of the console": _as_app,
+    },
+    _pgbouncer_stand,
+)
+
+
 # --- Redis
 
 
@@ -344,9 +402,7 @@ def _redis_stand(_lab: Any, params: Params, stack: contextlib.ExitStack) -> tupl
 @contextlib.contextmanager
 def _as_application(lab: Any, params: Params, _folder: Path) -> Iterator[Params]:
     """A user whose rights end at the application's own keys."""
-    lines = (lab.dir / "app" / "app.env").read_text().splitlines()
-    password = next(line.split("=", 1)[1] for line in lines if line.startswith("REDIS_PASSWORD="))
-    yield {**params, "redis_username": "app", "redis_password": password}
+    yield {**params, "redis_username": "app", "redis_password": application_word(lab, "REDIS_PASSWORD")}
 
 
 REDIS = Service(
@@ -436,7 +492,13 @@ HOST = Service(
     lambda lab, params, stack: (Between(Path(lab.dir) / "tools-of-the-test"), params),
 )
 
-SERVICES: dict[Any, Service] = {_cloudflare: CLOUDFLARE, _vault: VAULT, _postgresql: POSTGRESQL, _redis: REDIS}
+SERVICES: dict[Any, Service] = {
+    _cloudflare: CLOUDFLARE,
+    _vault: VAULT,
+    _postgresql: POSTGRESQL,
+    _pgbouncer: PGBOUNCER,
+    _redis: REDIS,
+}
 
 
 def services_of(control: str) -> list[Service]:

@@ -27,6 +27,7 @@ import pytest
 
 from ansible_collections.firebreak.incident.plugins.module_utils import (
     _cloudflare,
+    _pgbouncer,
     _postgresql,
     _redis,
     _vault,
@@ -88,9 +89,15 @@ def vault_writes(lab: Lab) -> Counter[str]:
     return Counter({path: int(secret["metadata"]["current_version"]) for path, secret in secrets.items()})
 
 
+def pool_writes(lab: Lab) -> Counter[str]:
+    log = (Path(lab.dir) / "log" / "pool1.log").read_text(errors="replace")
+    return Counter(re.findall(r"(?:RELOAD|KILL|PAUSE|RESUME)(?= command issued)", log))
+
+
 COUNTED: dict[Any, Callable[[Lab], Counter[Any]]] = {
     _cloudflare: edge_writes,
     _postgresql: database_writes,
+    _pgbouncer: pool_writes,
     _redis: cache_writes,
     _vault: vault_writes,
 }
@@ -216,7 +223,9 @@ class Trigger:
     def release(self) -> dict[str, Any]:
         options = {**self.around(self.row.host), **helpers.connection_options(self.row.control, self.params)}
         return helpers.execute(
-            control_release.CONTROL, {**options, "incident_id": self.incident, "host": self.row.host}
+            control_release.CONTROL,
+            {**options, "incident_id": self.incident, "host": self.row.host},
+            host=LocalHost(),
         )
 
     def triggered(self, work: Callable[[int], Any], number: int) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ NUMBER = 74117411741174
 INCIDENT = "{{ opened.incident_id }}"
 MODULE = {"async": 30, "poll": 0, "connection": "local", "register": "job"}
 # Where each service is.
-PLACES = {"postgresql_port": int, "redis_port": int, "vault_url": str, "cloudflare_url": str}
+PLACES = {"postgresql_port": int, "pgbouncer_port": int, "redis_port": int, "vault_url": str, "cloudflare_url": str}
 # What each service takes from the environment off the lab.
 ENVIRONMENT = (
     *("PGPASSWORD", "REDISCLI_AUTH", "VAULT_TOKEN", "CLOUDFLARE_API_TOKEN"),

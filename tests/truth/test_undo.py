@@ -189,7 +189,8 @@ def test_somebody_elses_change_is_reported_and_kept(lab: Lab, row: Row, name: st
     spoil = row.spoils(lab)[name]
     spoil.make()
     assert spoil.stands()
-    together = walk.touched()
+    parts = {*row.touches, *beside.touches}
+    together = dumps.everything(lab, *parts)
 
     planned = walk.checked(walk.release)
     released = walk.release()
@@ -198,7 +199,7 @@ def test_somebody_elses_change_is_reported_and_kept(lab: Lab, row: Row, name: st
         assert set(told) == ({row.control} if spoil.conflict else set()), result
         assert bool(result.get("failed")) == spoil.conflict
         assert beside.control in {change["control"] for change in result["changes"]}
-    assert walk.touched() != together
+    assert dumps.everything(lab, *parts) != together
     if spoil.conflict:
         assert spoil.stands()
         forced = walk.release(force=True)

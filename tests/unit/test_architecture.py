@@ -474,7 +474,7 @@ def test_no_machine_is_named() -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("name", ["cloudflare", "postgresql", "redis", "vault"])
+@pytest.mark.parametrize("name", ["cloudflare", "pgbouncer", "postgresql", "redis", "vault"])
 def test_playbooks_hand_over_every_option_of_a_service(name: str) -> None:
     """A connection option that a playbook does not feed from its firebreak_ variable could never be set in an incident."""
     service = importlib.import_module(f"ansible_collections.firebreak.incident.plugins.module_utils._{name}")
