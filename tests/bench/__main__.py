@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .table import Row, say, show
 
-PARTS = ("control", "redis", "verify", "lab", "drill")
+PARTS = ("control", "redis", "pool", "verify", "lab", "drill")
 
 
 def of_controls() -> list[Row]:
@@ -33,6 +33,14 @@ def of_verifying() -> list[Row]:
     return rows()
 
 
+def of_the_pool() -> list[Row]:
+    from .bench_lab import lab
+    from .bench_pool import rows
+
+    with lab() as (running, _seconds):
+        return rows(running)
+
+
 def of_the_lab() -> list[Row]:
     from .bench_lab import starts
 
@@ -46,7 +54,7 @@ def of_the_drill() -> list[Row]:
 
 
 CALLS: dict[str, Callable[[], list[Row]]] = dict(
-    zip(PARTS, (of_controls, of_redis, of_verifying, of_the_lab, of_the_drill), strict=True)
+    zip(PARTS, (of_controls, of_redis, of_the_pool, of_verifying, of_the_lab, of_the_drill), strict=True)
 )
 
 
