@@ -71,7 +71,7 @@ class Drawing:
     def label(self, text: str) -> None:
         self.text(LEFT - 10, text, anchor="end")
 
-    def bar(self, begun: float, ended: float, class_: str, height: float = 10) -> None:
+    def span(self, begun: float, ended: float, class_: str, height: float = 10) -> None:
         width = max(self.x(ended) - self.x(begun), FEWEST_PIXELS)
         self.add("rect", x=self.x(begun), y=self.y - height / 2, width=round(width, 1), height=height, class_=class_)
 
@@ -120,7 +120,7 @@ def _phases(picture: Drawing, entries: list[dict[str, Any]]) -> None:
     picture.heading("phases")
     for name, (begun, ended) in sorted(spans.items(), key=lambda item: item[1]):
         picture.label(name)
-        picture.bar(begun, ended, "phase", 12)
+        picture.span(begun, ended, "phase", 12)
         picture.y += ROW - 6
 
 
@@ -156,7 +156,7 @@ def _controls(picture: Drawing, entries: list[dict[str, Any]]) -> None:
         if intent is None:
             continue
         picture.label(entry["stream"].removesuffix(".evidence"))
-        picture.bar(intent["at"], entry["at"], "control")
+        picture.span(intent["at"], entry["at"], "control")
         told = f"{intent['body']['control']}: {entry['body'].get('outcome', entry['kind'])}"
         right = picture.x(entry["at"]) < WIDTH * 0.7
         picture.text(

@@ -102,7 +102,8 @@ class FileStore:
         files: list[str] = []
         others: list[str] = []
         folders = [prefix]
-        for folder in folders:
+        while folders:
+            folder = folders.pop()
             with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.folder}/{folder}") as listing:
                 for entry in listing:
                     name = entry.name

@@ -30,7 +30,7 @@ class ActionModule(ControlAction):
         elif way == "warning":
             Display().warning(f"it did not work with {password}")
         elif way == "deprecation":
-            Display().deprecated(f"it will not work with {password}", version="99.0")
+            Display().deprecated(f"it will not work with {password}", version="99.0.0")
         elif way == "log":
             logging.getLogger("leaky").error(password)
         elif way == "exception":
