@@ -15,6 +15,8 @@ from ._errors import FirebreakError
 from ._plan import Change, Facts, Plan
 from ._redact import Secrets
 
+SHORTEST_SECONDS = 1.0
+
 
 class Host(Protocol):
     """A system under protection, reached over Ansible's own connection."""
@@ -55,6 +57,12 @@ class Context:
         was held up (a stopped process, a laptop that slept) sends nothing more. What is on its way then, nobody calls back."""
         if self.changing and self.clock() >= self.deadline:
             raise FirebreakError("the deadline of the changes is over, and another run may have taken over")
+
+    def at_most(self, seconds: float) -> float:
+        """So long, or as long as is left. One more look is granted after the deadline too: what was left unclear is looked up."""
+        if not self.deadline:
+            return seconds
+        return max(min(seconds, self.deadline - self.clock()), SHORTEST_SECONDS)
 
     def secret(self, value: Any) -> Any:
         return self.secrets.add(value)

@@ -2,24 +2,21 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change in any release.
-"""PgBouncer: its console, spoken to as PostgreSQL is, and its own file on its host. One of the two files that know psycopg."""
+"""PgBouncer: its console, spoken to as PostgreSQL is, and its own file on its host. The session itself is that of ``_postgresql``."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from . import _pgbouncer_ini
+from . import _pgbouncer_ini, _postgresql
 from ._control import Context
-from ._deps import require
 from ._errors import FirebreakError
 from ._host_file import HOST_SECONDS
-from ._postgresql import NO_FILE, no_environment
 from ._redact import Held
 
 REQUIRED = ("pgbouncer_host", "pgbouncer_user")
@@ -36,9 +33,7 @@ SPEC: dict[str, Any] = {
     "pgbouncer_ca_cert": {"type": "str"},
 }
 CONSOLE = "pgbouncer"
-CONNECT_SECONDS = 5
 COMMAND_SECONDS = 5.0
-SHORTEST_SECONDS = 1.0  # also after the deadline, so that the pool is not left holding its clients
 CLOSED = _pgbouncer_ini.CLOSED
 # The pool's own words, which come without an SQLSTATE of their own.
 REFUSALS = ("authentication failed", "no such user", "not allowed", "no password supplied", "pg_hba", "HBA")
@@ -48,7 +43,8 @@ psycopg: Any = None
 def preload() -> None:
     """Import psycopg, once."""
     global psycopg
-    psycopg = require("psycopg", "psycopg", "3.2")
+    _postgresql.preload()
+    psycopg = _postgresql.psycopg
 
 
 def addresses(params: dict[str, Any]) -> list[str]:
@@ -90,33 +86,9 @@ class Client:
 
     def _session(self, database: str, **more: Any) -> Any:
         """The console knows the simple protocol only, and nothing that a client of the pool prepares would last."""
-        params = self._params
-        authority = {"sslrootcert": params["pgbouncer_ca_cert"]} if params.get("pgbouncer_ca_cert") else {}
-        password = params["pgbouncer_password"] or self._context.env.get("PGPASSWORD")
-        with no_environment():
-            return psycopg.connect(
-                host=params["pgbouncer_host"],
-                port=params["pgbouncer_port"],
-                user=params["pgbouncer_user"],
-                password=self._context.secret(password),
-                dbname=database,
-                sslmode=params["pgbouncer_sslmode"],
-                sslcert=NO_FILE,
-                passfile=NO_FILE,
-                gssencmode="disable",
-                connect_timeout=math.ceil(self._at_most(CONNECT_SECONDS)),
-                application_name=f"firebreak {self._context.correlation}",
-                autocommit=True,
-                prepare_threshold=None,
-                **authority,
-                **more,
-            )
-
-    def _at_most(self, seconds: float) -> float:
-        """So long, or as long as is left."""
-        if not self._context.deadline:
-            return seconds
-        return max(min(seconds, self._context.deadline - self._context.clock()), SHORTEST_SECONDS)
+        return _postgresql.session(
+            "pgbouncer", self._params, self._context, dbname=database, prepare_threshold=None, **more
+        )
 
     def close(self) -> None:
         if self._console is not None:
@@ -126,7 +98,7 @@ class Client:
 
     def _say(self, command: str, seconds: float = COMMAND_SECONDS) -> list[dict[str, Any]]:
         """One command. What does not answer in time is cut off."""
-        verb, seconds = command.split()[0], self._at_most(seconds)
+        verb, seconds = command.split()[0], self._context.at_most(seconds)
         try:
             with _bounded(self._console, seconds):
                 answer = self._console.execute(command)
@@ -193,7 +165,7 @@ class Client:
         """Where a new client of the pool lands, and whether it could write there, asking for that as a thief would.
         None where it does not get in."""
         try:
-            with self._session(database) as session, _bounded(session, self._at_most(COMMAND_SECONDS)):
+            with self._session(database) as session, _bounded(session, self._context.at_most(COMMAND_SECONDS)):
                 standby = session.execute("SELECT pg_is_in_recovery()").fetchone()[0]
                 return {"standby": bool(standby), "writes": _writes(session)}
         except psycopg.Error:
@@ -202,11 +174,11 @@ class Client:
     # --- the file
 
     def look(self, conffile: str, database: str) -> dict[str, Any]:
-        return _pgbouncer_ini.look(self.host, conffile, database, self._at_most(HOST_SECONDS))
+        return _pgbouncer_ini.look(self.host, conffile, database, self._context.at_most(HOST_SECONDS))
 
     def change(self, conffile: str, database: str, seen: str, told: dict[str, str]) -> None:
         self._context.still_ours()
-        _pgbouncer_ini.change(self.host, conffile, database, seen, told, self._at_most(HOST_SECONDS))
+        _pgbouncer_ini.change(self.host, conffile, database, seen, told, self._context.at_most(HOST_SECONDS))
 
 
 def _writes(session: Any) -> bool:

@@ -35,7 +35,6 @@ SPEC: dict[str, Any] = {
     "postgresql_ca_cert": {"type": "str"},
 }
 CONNECT_SECONDS = 5
-SHORTEST_SECONDS = 1.0  # also after the deadline, for one more look
 STATEMENT_SECONDS = 20
 LOCK_SECONDS = 5
 # How long ended sessions, and a reloaded configuration, may take to show.
@@ -126,6 +125,25 @@ def no_environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
+def session(service: str, params: dict[str, Any], context: Context, **more: Any) -> Any:
+    """A session as the options of this service say, with autocommit."""
+    given = {name: params.get(f"{service}_{name}") for name in ("host", "port", "user", "sslmode")}
+    authority = {"sslrootcert": params[f"{service}_ca_cert"]} if params.get(f"{service}_ca_cert") else {}
+    with no_environment():
+        return psycopg.connect(
+            **given,
+            password=context.secret(params[f"{service}_password"] or context.env.get("PGPASSWORD")),
+            sslcert=NO_FILE,
+            passfile=NO_FILE,
+            gssencmode="disable",
+            connect_timeout=math.ceil(context.at_most(CONNECT_SECONDS)),
+            application_name=f"firebreak {context.correlation}",
+            autocommit=True,
+            **authority,
+            **more,
+        )
+
+
 class Client:
     """One session, with autocommit."""
 
@@ -143,34 +161,19 @@ class Client:
     def _connect(self) -> Any:
         params = self._params
         limits = {"statement_timeout": STATEMENT_SECONDS, "lock_timeout": LOCK_SECONDS}
-        settings = {**SESSION, **{name: f"{1000 * self._at_most(seconds):.0f}ms" for name, seconds in limits.items()}}
-        password = params["postgresql_password"] or self._context.env.get("PGPASSWORD")
-        authority = {"sslrootcert": params["postgresql_ca_cert"]} if params.get("postgresql_ca_cert") else {}
-        with no_environment():
-            return psycopg.connect(
-                host=params["postgresql_host"],
-                port=params["postgresql_port"],
-                user=params["postgresql_user"],
-                password=self._context.secret(password),
-                dbname=params["postgresql_database"],
-                sslmode=params["postgresql_sslmode"],
-                sslcert=NO_FILE,
-                passfile=NO_FILE,
-                gssencmode="disable",
-                connect_timeout=math.ceil(self._at_most(CONNECT_SECONDS)),
-                client_encoding="utf8",
-                application_name=f"firebreak {self._context.correlation}",
-                options=" ".join(f"-c {name}={value}" for name, value in settings.items()),
-                autocommit=True,
-                row_factory=psycopg.rows.dict_row,
-                **authority,
-            )
-
-    def _at_most(self, seconds: float) -> float:
-        """So long, or as long as is left."""
-        if not self._context.deadline:
-            return seconds
-        return max(min(seconds, self._context.deadline - self._context.clock()), SHORTEST_SECONDS)
+        settings = {
+            **SESSION,
+            **{name: f"{1000 * self._context.at_most(seconds):.0f}ms" for name, seconds in limits.items()},
+        }
+        return session(
+            "postgresql",
+            params,
+            self._context,
+            dbname=params["postgresql_database"],
+            client_encoding="utf8",
+            options=" ".join(f"-c {name}={value}" for name, value in settings.items()),
+            row_factory=psycopg.rows.dict_row,
+        )
 
     def close(self) -> None:
         if self._connection is not None:
@@ -223,7 +226,7 @@ class Client:
     @contextlib.contextmanager
     def _errors(self, action: str, seconds: float) -> Iterator[None]:
         """Our own words for what goes wrong: DETAIL and even the first line can hold rows. A server that hangs is cut off."""
-        watch = threading.Timer(self._at_most(seconds + CONNECT_SECONDS), self._cut)
+        watch = threading.Timer(self._context.at_most(seconds + CONNECT_SECONDS), self._cut)
         watch.daemon = True
         watch.start()
         try:
@@ -310,7 +313,7 @@ class Client:
 
     def _until(self) -> Iterator[None]:
         """Attempts, for as long as is worth waiting."""
-        give_up = self._context.clock() + self._at_most(PATIENCE)
+        give_up = self._context.clock() + self._context.at_most(PATIENCE)
         while self._context.clock() < give_up:
             yield
             self._context.sleep(0.01)

@@ -32,7 +32,6 @@ SPEC: dict[str, Any] = {
 }
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 10
-SHORTEST_SECONDS = 1.0
 OLDEST_SERVER = (6, 2)
 # The codes of errors that the server itself has; a script's, a module's or a proxy's could be any word.
 CODES = frozenset(
@@ -79,7 +78,7 @@ class Client:
         self.clock = context.clock
         self._context = context
         self._sdk = redis
-        left = self._left(ANSWER_SECONDS)
+        left = self._context.at_most(ANSWER_SECONDS)
         self._redis = redis.Redis(
             host=params["redis_host"],
             port=params["redis_port"],
@@ -96,12 +95,6 @@ class Client:
 
     def close(self) -> None:
         self._redis.close()
-
-    def _left(self, seconds: float) -> float:
-        """So long, or as long as the engine allows."""
-        if not self._context.deadline:
-            return seconds
-        return max(min(seconds, self._context.deadline - self.clock()), SHORTEST_SECONDS)
 
     def identity(self) -> dict[str, list[str]]:
         """How the server sees this connection. Over a Unix socket there is no address."""
@@ -163,7 +156,7 @@ class Client:
         """
         with self._translated("sweep the keys"), self._connections() as new:
             work = self._work(new, condemn)
-            return self._scan_once(new, match, pick, work, count, time.monotonic() + self._left(seconds))
+            return self._scan_once(new, match, pick, work, count, time.monotonic() + self._context.at_most(seconds))
 
     def sweep_until_none(
         self, match: bytes, pick: Pick, condemn: Condemn, count: int, seconds: float, prefix: bytes
@@ -173,7 +166,7 @@ class Client:
         From the second scan on the server tells which keys below ``prefix`` others write, and these are looked at as well:
         a key that is renewed under a new name faster than the scan goes round would slip through every scan.
         """
-        until = time.monotonic() + self._left(seconds)
+        until = time.monotonic() + self._context.at_most(seconds)
         revoked = self.sweep(match, pick, condemn, count, seconds)
         with self._translated("sweep the keys"), self._connections() as new:
             work = self._work(new, condemn)

@@ -35,7 +35,6 @@ SPEC: dict[str, Any] = {
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0
-SHORTEST_SECONDS = 1.0  # also after the deadline: an unclear write is looked up
 ATTEMPTS = 3
 PASSING = (0, 500, 502, 503, 504)  # 0 is no answer
 DEFAULT_VERSIONS = 10  # where neither secret nor mount says how many are kept
@@ -168,8 +167,7 @@ class Client:
         headers = {**kwargs.pop("headers", {})}
         if self._context.correlation:
             headers["X-Correlation-Id"] = self._context.correlation
-        wait = max(self.left(), SHORTEST_SECONDS)
-        kwargs["timeout"] = (min(CONNECT_SECONDS, wait), min(ANSWER_SECONDS, wait))
+        kwargs["timeout"] = (self._context.at_most(CONNECT_SECONDS), self._context.at_most(ANSWER_SECONDS))
         try:
             return self._adapter.request(
                 method, f"/v1/{urllib.parse.quote(where)}", headers=headers, raise_exception=False, **kwargs

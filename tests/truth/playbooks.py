@@ -46,11 +46,11 @@ def play(lab: Any, playbook: str, incident: str | None = None, *words: str, **en
     return run(lab, playbook, *SCENARIOS[playbook].words(incident), *words, **env)
 
 
-def run_before(lab: Any, playbook: str) -> str | None:
-    """Run what goes before a playbook; the incident that it is in."""
+def run_before(lab: Any, playbook: str, *words: str) -> str | None:
+    """Run what goes before a playbook, with these words more; the incident that it is in."""
     incident = None
     for one in SCENARIOS[playbook].before:
-        done = play(lab, one, incident)
+        done = play(lab, one, incident, *words)
         assert done.code == 0, done.output
         incident = done.incident
     return incident

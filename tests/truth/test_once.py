@@ -38,14 +38,14 @@ from ansible_collections.firebreak.incident.plugins.module_utils._control import
 from ansible_collections.firebreak.incident.plugins.module_utils._verify import verify
 from ansible_collections.firebreak.incident.plugins.modules import control_release, incident
 from lab.client import Lab
-from tests import dumps, helpers
+from tests import dumps, helpers, runs
 from tests.buckets import Bucket
 from tests.contract.rotation_walk import LocalHost
 from tests.controls.cloudflare_ip_list import control_path
 from tests.rows import Row
 from tests.runs import extra, finish, lab_in, start
 from tests.truth import FULL, budget, table
-from tests.truth.playbooks import SCENARIOS
+from tests.truth.playbooks import SCENARIOS, run_before
 
 TRIGGERS = {"file": budget(8, 20), "s3": budget(5, 20)}
 PLAYS = budget(3, 20)
@@ -408,7 +408,7 @@ def test_of_many_runs_one_does_it(
         bucket = Bucket(lab, "once")
         store = extra(firebreak_case_store=bucket.uri) if scheme == "s3" else ()
         before = dumps.everything(lab)
-        incident_id = before_it(lab, playbook, store)
+        incident_id = run_before(lab, playbook, *store)
         words = [*SCENARIOS[playbook].words(incident_id), *store]
         began = time.monotonic()
         homes = [folder / f"m{number}" for number in range(2)]
@@ -416,7 +416,7 @@ def test_of_many_runs_one_does_it(
         done = [finish(*one, began) for one in started]
         assert not any(one.code for one in done), "\n".join(one.screen for one in done if one.code)
         (incident_id,) = {one.incident for one in done}
-        entries = bucket.entries() if scheme == "s3" else read(lab.dir / "cases")
+        entries = bucket.entries() if scheme == "s3" else runs.entries(lab)
         assert [entry["kind"] for entry in entries].count("opened") == 1
         told: Counter[str] = Counter()
         changed: Counter[tuple[str, str]] = Counter()
@@ -441,16 +441,3 @@ def test_of_many_runs_one_does_it(
             put_back = dumps.but_for_what_is_final(dumps.everything(lab), before, everybody=True)
             assert put_back == dumps.but_for_what_is_final(before, before, everybody=True)
         record_property("tried", len(done))
-
-
-def before_it(lab: Lab, playbook: str, store: tuple[str, ...]) -> str | None:
-    incident_id = None
-    for one in SCENARIOS[playbook].before:
-        done = finish(*start(lab, one, *SCENARIOS[one].words(incident_id), *store), time.monotonic())
-        assert done.code == 0, done.output
-        incident_id = done.incident
-    return incident_id
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_bytes()) for path in sorted(folder.glob("INC-*/journal/*/*.json"))]
