@@ -41,9 +41,6 @@ def end_lab(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if running := os.environ.get("FIREBREAK_TEST_LAB"):  # the mutants share one
-        yield Lab(Path(running))
-        return
     folder = tmp_path_factory.mktemp("lab")
     process = start_lab(folder)
     try:

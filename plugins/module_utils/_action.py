@@ -66,6 +66,8 @@ class Action:
                 plan = decide(task, self.client, read)
                 overridden = [*self._needs_store(journal, plan), *guard(task, plan, journal.lost)]
                 if not plan.changes:
+                    if journal.outrun():
+                        raise Moved
                     return self._nothing_to_do(journal, plan)
                 of = self._intent(journal, plan, overridden)
                 break

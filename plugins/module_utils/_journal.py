@@ -72,6 +72,17 @@ class Journal:
             return False
         return any(entry.kind in ("intent", "resumed") and entry.run != self._case.context.run_id for entry in since)
 
+    def outrun(self) -> bool:
+        """Whether somebody else has written since. Without a lock, what is not left for us to do may be what they just did."""
+        if self.lost or self.stream.locked or self.live_item() is not None:
+            return False
+        try:
+            self.stream.find()
+        except StoreUnavailable:
+            self.lost = True
+            return False
+        return self.stream.newest != (self.stream.head.seq if self.stream.head else 0)
+
     def unconfirmed(self) -> Entry | None:
         """The open intent of this very task, left by a run that died or failed."""
         what = identity(self.task.control, self.task.params)

@@ -179,7 +179,7 @@ class Client:
         raise Unproven("every full scan finds further sessions from before: the application writes them back")
 
     def _work(self, new: Callable[[], Any], condemn: Condemn | None) -> _Work:
-        return _Work(new(), condemn, self._context.still_ours)
+        return _Work(new(), condemn, self._context)
 
     def _scan_once(
         self,
@@ -197,14 +197,9 @@ class Client:
                 raise FirebreakError(f"{LATE} {gone} keys went in the last scan.")
             keys = pick(page + (watch.changed() if watch else []))
             self._remember(keys)
-            gone += self._noted(work.feed(keys))
-        gone += self._noted(work.drain())
+            gone += work.feed(keys)
+        gone += work.drain()
         return gone + (_settle(watch, work, pick, until) if watch else 0)
-
-    def _noted(self, gone: int) -> int:
-        if gone:
-            self._context.effective()
-        return gone
 
     def _remember(self, keys: list[bytes]) -> None:
         """A few of the names, for the proof."""
@@ -285,9 +280,9 @@ class Client:
 class _Work:
     """Unlinks pages, one behind the scan: what is sent for a page is answered when the next one comes."""
 
-    def __init__(self, writer: Any, condemn: Condemn | None, still_ours: Callable[[], None]) -> None:
+    def __init__(self, writer: Any, condemn: Condemn | None, context: Context) -> None:
         self.writer = writer
-        self._still_ours = still_ours
+        self._context = context
         self._condemn = condemn
         self.condemned = 0
         self._unlinking = False
@@ -309,11 +304,13 @@ class _Work:
         commands += [("MGET", *read)] if read else []
         self._unlinking, self._reading = bool(doomed), read
         if commands:
-            self._still_ours()
+            self._context.still_ours()
             self.writer.send_packed_command(self.writer.pack_commands(commands))
 
     def _answers(self) -> tuple[int, list[bytes]]:
         gone = int(self.writer.read_response()) if self._unlinking else 0
+        if gone:  # told at once: the very next answer may be an error
+            self._context.effective()
         self._unlinking = False
         if not self._reading or not self._condemn:
             return gone, []

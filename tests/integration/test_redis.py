@@ -170,6 +170,37 @@ def test_a_sweep_that_ends_in_the_middle_says_so_and_goes_on(cache: redis.Redis)
     assert sessions(cache) == set()
 
 
+def test_what_went_before_the_server_became_a_replica_is_told(cache: redis.Redis) -> None:
+    """The answers to the last two pages come together, and the second is an error."""
+    fill(cache, 5_000)
+    context = Context()
+    client = _redis.connect(params_for(cache), context)
+    pages: list[int] = []
+
+    def sweep(last: int | None) -> None:
+        def condemn(keys: list[bytes], _values: list[bytes | None]) -> list[bytes]:
+            pages.append(len(keys))
+            if last is None or len(pages) < last - 1:
+                return []
+            if len(pages) == last:
+                cache.replicaof("127.0.0.1", free_port())
+            return keys
+
+        client.sweep(b"session:*", lambda keys: keys, condemn, 1000, 10)
+
+    sweep(None)
+    last = len(pages)
+    pages.clear()
+    try:
+        with pytest.raises(FirebreakError, match="READONLY"):
+            sweep(last)
+    finally:
+        cache.replicaof("NO", "ONE")
+    assert len(sessions(cache)) == 500 - pages[-2]
+    assert context.effects == 1
+    client.close()
+
+
 def test_a_thief_that_renews_during_the_scan_is_caught(cache: redis.Redis) -> None:
     """Each renewal moves the session to a new name; in a long scan most of them are written where it has been already."""
     fill(cache, 60_000)

@@ -350,34 +350,64 @@ def exactly(end: socket.socket, size: int) -> bytes:
 REDIS_WRITES = (b"SET", b"UNLINK", b"DEL")
 
 
+class UnderWay:
+    """The commands of one connection that the server has yet to answer, with the fault that each answer meets."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._faults: list[Fault | None] = []
+
+    def add(self, fault: Fault | None) -> None:
+        with self._changed:
+            self._faults.append(fault)
+
+    def first(self) -> Fault | None:
+        with self._changed:
+            return self._faults[0] if self._faults else None
+
+    def done(self) -> None:
+        """The answer was passed on, or something that nobody had asked for."""
+        with self._changed:
+            del self._faults[:1]
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._faults, LONGEST_HANG)
+
+
 class RedisInjector(Injector):
     """A request is a command. The server also speaks unasked, so that its answers are passed on as they come."""
 
     def converse(self, client: socket.socket, stack: contextlib.ExitStack) -> None:
         client = self.secured(client, stack)
         server = self.connected(stack)
-        spoiled: list[tuple[Fault, Request]] = []
-        threading.Thread(target=self._answers, args=(client, server, spoiled), daemon=True).start()
+        under_way = UnderWay()
+        threading.Thread(target=self._answers, args=(client, server, under_way), daemon=True).start()
         lines = client.makefile("rb")
         while words := self._command(lines):
             name = b" ".join(words[:2]).decode("utf-8", "replace") if words[0] == b"CLIENT" else words[0].decode()
             request, fault = self.meet(name, words[0] in REDIS_WRITES)
             if fault is None or not fault.spares:
                 if fault is not None:
-                    spoiled.append((fault, request))
                     words = words[: 1 + (len(words) - 1) // 2] if fault.half else words
                 request.reached = request.well = True
+                under_way.add(fault)
                 server.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
             else:
+                under_way.wait()  # answers keep the order of what was asked
                 self.suffer(client, fault, b"")
 
-    def _answers(self, client: socket.socket, server: socket.socket, spoiled: list[tuple[Fault, Request]]) -> None:
-        with contextlib.suppress(OSError):
-            while data := server.recv(65536):
-                if spoiled:
-                    self.suffer(client, spoiled.pop(0)[0], data)
+    def _answers(self, client: socket.socket, server: socket.socket, under_way: UnderWay) -> None:
+        lines = server.makefile("rb")
+        with contextlib.suppress(OSError, EOFError):
+            while answer := resp(lines):
+                fault = under_way.first()
+                if fault is not None:
+                    self.suffer(client, fault, answer)
                 else:
-                    client.sendall(data)
+                    client.sendall(answer)
+                under_way.done()
         with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
@@ -389,6 +419,15 @@ class RedisInjector(Injector):
             size = int(lines.readline()[1:])
             words.append(lines.read(size + 2)[:-2])
         return words
+
+
+def resp(lines: BinaryIO) -> bytes:
+    """One whole answer, as it was sent; nothing at the end of the connection."""
+    head = lines.readline()
+    number = int(head[1:]) if head[:1] in (b"$", b"*") else 0
+    if head[:1] == b"$" and number >= 0:
+        return head + lines.read(number + 2)
+    return head + b"".join(resp(lines) for _item in range(number))
 
 
 # --- places that no client gets anything from

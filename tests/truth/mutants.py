@@ -48,6 +48,13 @@ MUTANTS = [
         ("tests/truth/test_kill.py::test_killed_then_run_again[postgresql_login_lock]",),
     ),
     Mutant(
+        "write after a takeover",
+        ACTION,
+        "                if journal.taken_over():\n                    return\n",
+        "                journal.taken_over()\n",
+        ("tests/truth/test_kill_orphans.py",),
+    ),
+    Mutant(
         "undo from the after-image",
         PLAN,
         '        "before": at(plan.before, change.path),\n',

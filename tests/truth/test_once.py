@@ -355,6 +355,24 @@ def test_one_of_many_mutates(
         assert not many.release().get("failed")
 
 
+@pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
+def test_who_looked_too_early_waits_for_who_was_faster(lab: Lab, row: Row, tmp_path: Path) -> None:
+    """Nothing locks a far store: another run may have begun after we listed the entries, and be done when we look."""
+    two = Trigger(lab, row, "s3", tmp_path)
+    faster: list[dict[str, Any]] = []
+
+    def read(client: Any, params: dict[str, Any]) -> Any:
+        if not faster:
+            faster.extend(two.triggered(lambda _place: two.run(), 1))
+        return two.control.read(client, params)
+
+    result = two.run(dataclasses.replace(two.control, read=read))
+    assert [one["changed"] for one in (*faster, result)] == [True, False]
+    assert result["outcome"] == "ok" and result["since"] and not result["applied"]
+    two.holds()
+    assert not two.release().get("failed")
+
+
 @SHORTER
 @pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
 def test_where_the_winner_is_killed_one_other_takes_over(
