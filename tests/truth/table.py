@@ -37,6 +37,7 @@ CONTROLS = helpers.controls()
 PLAYBOOKS = sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml"))
 SUBJECTS = [*CONTROLS, *PLAYBOOKS, ENGINE]
 BEGIN, END = "<!-- truth: written by `make test-full` -->", "<!-- /truth -->"
+QUOTED = "tests/truth/test_table.py::test_the_readme_quotes_a_run_that_held"
 MINUTES = 45
 
 
@@ -101,7 +102,8 @@ def main() -> int:
     began = time.monotonic()
     environment = {**os.environ, "FIREBREAK_TRUTH": "full", "FIREBREAK_README": str(ROOT / "README.md")}
     # Each file has a lab of its own, and mostly waits for it: two at once.
-    command = [sys.executable, "-m", "pytest", "tests/truth", "-v", "-n", "2", "--dist", "loadfile", *sys.argv[1:]]
+    command = [sys.executable, "-m", "pytest", "tests/truth", "-v", "-n", "2", "--dist", "loadfile"]
+    command += ["--deselect", QUOTED, *sys.argv[1:]]  # which is about to be written
     try:
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=MINUTES * 60).returncode
     except subprocess.TimeoutExpired:

@@ -49,6 +49,7 @@ def test_the_readme_quotes_a_run_that_held() -> None:
     assert cells[0][1:] == [title for title, *_unused in table.PROPERTIES.values()]
     assert {*table.CONTROLS, *table.PLAYBOOKS} <= {line[0] for line in cells[2:]}
     assert not any("held" in cell for line in cells for cell in line)
+    assert table.QUOTED.endswith(f"::{test_the_readme_quotes_a_run_that_held.__name__}")
 
 
 @dataclasses.dataclass
