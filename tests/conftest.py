@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,14 @@ import pytest
 
 from lab import ROOT
 from lab.client import Lab
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The path of a Unix socket has 107 characters at most, and the folders of several workers have long names."""
+    if hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="fb-")
+        config.option.basetemp = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def start_lab(folder: Path, *options: str) -> subprocess.Popen[str]:
