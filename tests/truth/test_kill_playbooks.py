@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import signal
 import time
@@ -94,6 +95,14 @@ class Site:
             self.incident = found[0] if found else None
         return done.code != 0
 
+    def ends(self) -> None:
+        """Workers of a killed run have sessions of their own, and wait for it without end."""
+        mark = f"\0HOME={self.lab.dir.parent}/m".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in b"\0" + (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def is_put_back(self) -> None:
         after = dumps.but_for_what_is_final(dumps.everything(self.lab), self.start, everybody=True)
         expected = dumps.but_for_what_is_final(self.start, self.start, everybody=True)
@@ -142,13 +151,21 @@ def by_name(value: Any) -> Any:
 @contextlib.contextmanager
 def on_disk(folder: Path) -> Iterator[Site]:
     with lab_in(folder / "lab") as lab:
-        yield Site(lab)
+        site = Site(lab)
+        try:
+            yield site
+        finally:
+            site.ends()
 
 
 @contextlib.contextmanager
 def in_s3(folder: Path) -> Iterator[Site]:
     with lab_in(folder / "lab") as lab, FarStore(lab, "chain") as store:
-        yield Site(lab, extra(firebreak_case_store=store.uri), store)
+        site = Site(lab, extra(firebreak_case_store=store.uri), store)
+        try:
+            yield site
+        finally:
+            site.ends()
 
 
 class Undisturbed:
