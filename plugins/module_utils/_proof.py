@@ -22,6 +22,9 @@ from ._http import Answer, NoAnswer, origin, request, retry_after
 TOKEN_SECONDS = 60
 ANSWER_SECONDS = 5.0
 SHORTEST_SECONDS = 1.0
+# A consumer whose own database has only just come back says 503 for a moment.
+UNAVAILABLE_SECONDS = 5.0
+UNAVAILABLE_PAUSE = 0.5
 SPEC: dict[str, Any] = {
     "field": {"type": "str", "required": True},
     "kind": {"type": "str", "choices": ["jwt", "webhook", "challenge"], "required": True},
@@ -66,16 +69,21 @@ def _ask(client: Any, url: str, name: str) -> tuple[bytes, str]:
 def _send(
     client: Any, method: str, url: str, what: str, headers: dict[str, str] | None = None, body: bytes | None = None
 ) -> Answer:
-    """One attempt. A limit of requests was no attempt yet: it is waited for, where that ends in time."""
+    """One attempt. A limit of requests, or no service, was no attempt yet: it is waited for, where that ends in time."""
+    until = client.clock() + UNAVAILABLE_SECONDS
     while True:
         try:
             answer = request(method, url, headers, body, min(ANSWER_SECONDS, max(client.left(), SHORTEST_SECONDS)))
         except NoAnswer as error:
             raise Unproven(f"{what} could not be proven: {error.msg}", effect="none") from None
-        if answer.status != 429:
+        if answer.status not in (429, 503):
             return answer
         wait = retry_after(answer.headers.get("Retry-After"), client.clock())
-        if wait is None or wait >= client.left():
+        if answer.status == 503:
+            wait = UNAVAILABLE_PAUSE if wait is None else wait
+            if wait >= min(until - client.clock(), client.left()):
+                return answer
+        elif wait is None or wait >= client.left():
             asks = "" if wait is None else f" and asks to wait {wait:.0f} s"
             raise Unproven(f"{what} could not be proven: {origin(url)} limits requests (429){asks}", effect="none")
         client.sleep(wait)

@@ -125,7 +125,10 @@ class _Consumer(_Quiet):
     def do_GET(self) -> None:
         parts = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(parts.query))
-        if parts.path == "/internal/secret-proof":
+        if self.server.owner.unavailable:
+            self.server.owner.unavailable -= 1
+            self.reply(503)
+        elif parts.path == "/internal/secret-proof":
             value = self.server.owner.values[query["name"]].encode()
             digest = hmac.new(value, bytes.fromhex(query["nonce"]), hashlib.sha256).hexdigest()
             self.reply(200, json.dumps({"hmac": digest}).encode())
@@ -151,6 +154,7 @@ class Consumer(_Served):
     def __init__(self) -> None:
         super().__init__(_Consumer)
         self.values: dict[str, str] = {}
+        self.unavailable = 0  # so many GETs
 
 
 class LocalHost:

@@ -227,6 +227,15 @@ def test_a_door_that_accepts_everything_is_no_proof(scene: Scene) -> None:
     assert not any(scene.versions().values())
 
 
+def test_a_consumer_that_has_only_just_come_back_is_waited_for(scene: Scene) -> None:
+    scene.rotate("current")
+    scene.deliver()
+    scene.consumer.unavailable = 3
+    scene.rotate("retired")
+    assert scene.consumer.unavailable == 0
+    scene.check_retired()
+
+
 def test_a_redirect_is_no_proof(scene: Scene) -> None:
     scene.rotate("current")
     scene.deliver()
