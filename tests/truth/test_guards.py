@@ -26,13 +26,13 @@ from tests import helpers
 from tests.contract.rotation_walk import LocalHost
 from tests.controls.cloudflare_ip_list import visit
 from tests.rows import Row
+from tests.runs import glass
 from tests.truth import FULL, budget
 
 ROWS = helpers.every_row()
 BLOCKING = [row for row in ROWS if row.blocking([], []) is not None]
 SETS = budget(5_000, 10_000)  # for each control that blocks
 SERVED = budget(6, 60)
-TODAY = datetime.datetime.now(datetime.UTC).date().isoformat()
 
 # --- what is covered, by an oracle of its own: intervals of numbers, and addresses one by one
 
@@ -271,10 +271,6 @@ class Trial:
         assert not helpers.release(self.lab, self.store, self.row.control, self.params, self.incident).get("failed")
 
 
-def broken(*guards: str, date: str = TODAY) -> list[dict[str, str]]:
-    return [{"guard": guard, "reason": "a test", "date": date} for guard in guards]
-
-
 @pytest.mark.parametrize("row", ROWS, ids=helpers.name_of)
 def test_each_guard_refuses_and_yields_only_to_a_record(
     lab: Lab, row: Row, record_property: Callable[[str, object], None]
@@ -301,7 +297,7 @@ def test_each_guard_refuses_and_yields_only_to_a_record(
         ({"reason": " "}, "has no reason"),
         ({"guard": "nonsense"}, "is no guard"),
     ):
-        one.refused(words, break_glass=[{**broken("store")[0], **bad}])
+        one.refused(words, break_glass=[{**glass("store")[0], **bad}])
     if irreversible:
         one.refused("unattended", guard="unattended", unattended=True)
         one.refused("two_person", guard="two_person", two_person=True)
@@ -343,7 +339,7 @@ def test_too_wide_a_run_yields_to_break_glass(
     wide = row.reach(lab).wide
     for guard, more in wide.items():
         one = Trial(lab, row)
-        glasses = [*one.params.get("break_glass", []), *broken(guard)]
+        glasses = [*one.params.get("break_glass", []), *glass(guard)]
         if guard == "all_login_roles":
             assert one.run(check=True, **{**more, "break_glass": glasses})["outcome"] == "planned"
         else:
