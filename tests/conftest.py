@@ -20,9 +20,9 @@ from lab.client import Lab
 
 def pytest_configure(config: pytest.Config) -> None:
     """The path of a Unix socket has 107 characters at most, and the folders of several workers have long names."""
-    if hasattr(config, "workerinput"):
-        folder = tempfile.mkdtemp(prefix="fb-")
-        config.option.basetemp = folder
+    if getattr(config.option, "numprocesses", None) and not config.option.basetemp:
+        # Removed here and not by the workers, who are ended when they take long about it.
+        config.option.basetemp = folder = tempfile.mkdtemp(prefix="fb-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

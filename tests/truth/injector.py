@@ -389,8 +389,8 @@ class RedisInjector(Injector):
             name = b" ".join(words[:2]).decode("utf-8", "replace") if words[0] == b"CLIENT" else words[0].decode()
             request, fault = self.meet(name, words[0] in REDIS_WRITES)
             if fault is None or not fault.spares:
-                if fault is not None:
-                    words = words[: 1 + (len(words) - 1) // 2] if fault.half else words
+                if fault is not None and fault.half:
+                    words = words[: 1 + (len(words) - 1) // 2]
                 request.reached = request.well = True
                 under_way.add(fault)
                 server.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
@@ -400,7 +400,7 @@ class RedisInjector(Injector):
 
     def _answers(self, client: socket.socket, server: socket.socket, under_way: UnderWay) -> None:
         lines = server.makefile("rb")
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(OSError):
             while answer := resp(lines):
                 fault = under_way.first()
                 if fault is not None:

@@ -95,7 +95,7 @@ class Site:
             self.incident = found[0] if found else None
         return done.code != 0
 
-    def ends(self) -> None:
+    def close(self) -> None:
         """Workers of a killed run have sessions of their own, and wait for it without end."""
         mark = f"\0HOME={self.lab.dir.parent}/m".encode()
         for process in Path("/proc").glob("[0-9]*"):
@@ -150,22 +150,18 @@ def by_name(value: Any) -> Any:
 
 @contextlib.contextmanager
 def on_disk(folder: Path) -> Iterator[Site]:
-    with lab_in(folder / "lab") as lab:
-        site = Site(lab)
-        try:
-            yield site
-        finally:
-            site.ends()
+    with lab_in(folder / "lab") as lab, contextlib.closing(Site(lab)) as site:
+        yield site
 
 
 @contextlib.contextmanager
 def in_s3(folder: Path) -> Iterator[Site]:
-    with lab_in(folder / "lab") as lab, FarStore(lab, "chain") as store:
-        site = Site(lab, extra(firebreak_case_store=store.uri), store)
-        try:
-            yield site
-        finally:
-            site.ends()
+    with (
+        lab_in(folder / "lab") as lab,
+        FarStore(lab, "chain") as store,
+        contextlib.closing(Site(lab, extra(firebreak_case_store=store.uri), store)) as site,
+    ):
+        yield site
 
 
 class Undisturbed:
