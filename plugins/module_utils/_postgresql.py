@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -165,7 +166,8 @@ class Client:
             **SESSION,
             **{name: f"{1000 * self._context.at_most(seconds):.0f}ms" for name, seconds in limits.items()},
         }
-        return session(
+        connecting = functools.partial(
+            session,
             "postgresql",
             params,
             self._context,
@@ -174,6 +176,13 @@ class Client:
             options=" ".join(f"-c {name}={value}" for name, value in settings.items()),
             row_factory=psycopg.rows.dict_row,
         )
+        try:
+            return connecting()
+        except psycopg.OperationalError as failure:
+            # A login trigger went while we logged in: another run has lifted a login fence just now.
+            if "cache lookup failed" not in str(failure):
+                raise
+            return connecting()
 
     def close(self) -> None:
         if self._connection is not None:

@@ -20,6 +20,7 @@ notes:
   - The server must be PostgreSQL 17 or newer, and the role in use a superuser.
   - The role in use and superusers, who could pass it, are refused. A protected role may be named, since it gets in on the standbys.
   - A standby that is promoted meanwhile refuses the roles too, until this is released.
+  - In the moment of its release PostgreSQL may refuse a login that has just begun, with C(cache lookup failed). The next one works.
 extends_documentation_fragment:
   - firebreak.incident.attributes
   - firebreak.incident.common

@@ -280,6 +280,22 @@ def test_a_lock_on_the_standby_says_what_is_wrong(params: dict[str, Any], lab: L
     assert result["failed"] and "standby" in result["msg"] and "25006" in result["msg"]
 
 
+def test_a_login_during_which_a_fence_is_lifted_is_tried_again(lab: Lab, params: dict[str, Any]) -> None:
+    """The server says so to who has read the trigger and does not find its function; here, to the first login."""
+    with session(lab) as database:
+        database.execute(
+            """CREATE SEQUENCE logins; CREATE FUNCTION gone() RETURNS event_trigger LANGUAGE plpgsql AS $$
+               BEGIN IF session_user = 'firebreak' AND nextval('public.logins') = 1 THEN
+                 RAISE EXCEPTION 'cache lookup failed for function 16703'; END IF; END $$;
+               CREATE EVENT TRIGGER gone ON login EXECUTE FUNCTION gone(); ALTER EVENT TRIGGER gone ENABLE ALWAYS"""
+        )
+        try:
+            assert go(FENCE, params, check_mode=True)["changed"]
+            assert database.execute("SELECT last_value > 1 FROM logins").fetchone() == (True,)
+        finally:
+            database.execute("DROP EVENT TRIGGER gone; DROP FUNCTION gone; DROP SEQUENCE logins")
+
+
 def test_a_role_that_is_not_there_touches_nothing(lab: Lab, params: dict[str, Any]) -> None:
     before = observe(lab)
     result = go(LOCK, params, roles=["analyst", "nobody"])
