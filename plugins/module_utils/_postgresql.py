@@ -82,9 +82,10 @@ REFUSALS = {
     "remaining connection slots": "53300",
     "does not exist": "3D000",
 }
-# Sessions that a fence ends: not replication, not this collection's, and no idle one of the responder's own role.
+# Sessions that a fence ends: not replication, not this collection's, and no idle one of the responder's own role. One that is
+# starting (PostgreSQL 18 shows it before it is known whose it is) has no transaction, and begins under the fence.
 OTHERS = """
-    a.backend_type = 'client backend' AND a.pid <> pg_backend_pid() AND NOT coalesce(
+    a.backend_type = 'client backend' AND a.pid <> pg_backend_pid() AND a.state IS DISTINCT FROM 'starting' AND NOT coalesce(
       a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = session_user)
       AND (starts_with(a.application_name, 'firebreak ') OR a.xact_start IS NULL), false)
 """
